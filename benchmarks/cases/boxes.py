@@ -1,0 +1,179 @@
+"""encode, decode, box_iou."""
+
+import math
+
+import torch
+
+from benchmarks.cases.inputs import random_boxes, ssd300_priors
+from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op
+from ssd_ext import ops, reference
+
+
+def _priors(n, g):
+    return torch.cat([torch.rand(n, 2, generator=g), 0.05 + 0.9 * torch.rand(n, 2, generator=g)], 1)
+
+
+def _deltas(batch, n, g):
+    return torch.randn(*batch, n, 4, generator=g)
+
+
+def _coding_cases(key, make_rows):
+    def case(name, batch, n, **kwargs):
+        return Case(name, lambda g: {key: make_rows(batch, n, g), "priors": _priors(n, g)}, **kwargs)
+
+    def on_priors(name, batch, **kwargs):
+        return Case(
+            name, lambda g: {key: make_rows((batch,), 8732, g), "priors": ssd300_priors()}, benchmark=True, **kwargs
+        )
+
+    def strided(g):
+        rows = make_rows((3,), 14, g)
+        wide = torch.cat([rows, rows], -1)[..., ::2, :4]
+        return {key: wide.transpose(0, 1).contiguous().transpose(0, 1), "priors": _priors(7, g)}
+
+    def expanded(g):
+        return {key: make_rows((), 5, g).expand(4, 5, 4), "priors": _priors(1, g).expand(5, 4)}
+
+    return [
+        case("no batch dimension", (), 7),
+        case("B=3 P=5", (3,), 5),
+        case("two batch dimensions", (2, 3), 33),
+        case("P=1", (3,), 1),
+        case("P=0", (3,), 0, peers=False),
+        case("B=0", (0,), 7, peers=False),
+        Case("strided", strided),
+        Case("expanded", expanded),
+        on_priors("SSD300 B=1", 1),
+        on_priors("SSD300 B=8", 8, quick=True),
+        on_priors("SSD300 B=32", 32),
+    ]
+
+
+def _boxes(batch, n, g):
+    return random_boxes(math.prod(batch) * n, g).reshape(*batch, n, 4)
+
+
+def _coding_errors(key):
+    rows, priors = torch.rand(2, 5, 4), torch.rand(5, 4)
+    return [
+        ErrorCase("not boxes", lambda: {key: rows[..., :3], "priors": priors}, rf"{key} must be .* got \[2, 5, 3\]"),
+        ErrorCase("no rows", lambda: {key: rows[0, 0], "priors": priors}, rf"{key} must be .* got \[4\]"),
+        ErrorCase("P differs", lambda: {key: rows[:, :4], "priors": priors}, r"\[\.\.\., 5, 4\].*got \[2, 4, 4\]"),
+        ErrorCase("priors", lambda: {key: rows, "priors": priors[0]}, r"priors must be \[P, 4\], got \[4\]"),
+        ErrorCase("dtypes mixed", lambda: {key: rows, "priors": priors.double()}, r"float32, got float64"),
+        ErrorCase("integers", lambda: {key: rows.long(), "priors": priors}, r"bfloat16, got int64"),
+        ErrorCase("one variance", lambda: {key: rows, "priors": priors, "variances": (0.1,)}, r"got 1 values"),
+        ErrorCase("zero variance", lambda: {key: rows, "priors": priors, "variances": (0.1, 0.0)}, r"got \(0.1, 0\)"),
+    ]
+
+
+def _torchvision_coder(method):
+    def peer(inputs: Inputs):
+        try:
+            from torchvision.models.detection._utils import BoxCoder
+            from torchvision.ops import box_convert
+        except ImportError as e:
+            raise MissingPeerError(f"torchvision: {e}") from e
+        coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+        priors = box_convert(inputs["priors"], "cxcywh", "xyxy")
+        rows = inputs["boxes" if method == "encode_single" else "deltas"]
+        one = getattr(coder, method)
+        if rows.dim() == 2:
+            return lambda: one(rows, priors)
+        images = rows.reshape(-1, *rows.shape[-2:])
+        return lambda: torch.stack([one(image, priors) for image in images]).reshape(rows.shape)
+
+    return peer
+
+
+def _torchvision_iou(inputs: Inputs):
+    try:
+        from torchvision.ops import box_iou
+    except ImportError as e:
+        raise MissingPeerError(f"torchvision: {e}") from e
+    return lambda: box_iou(inputs["boxes_a"], inputs["boxes_b"])
+
+
+def _hostile_deltas(g):
+    deltas = _deltas((4,), 6, g)
+    deltas[0], deltas[1, :, 2:], deltas[2, 0], deltas[3, 1] = math.nan, 500, math.inf, -math.inf
+    return {"deltas": deltas, "priors": _priors(6, g)}
+
+
+ENCODE = Op(
+    name="encode",
+    op=ops.encode,
+    reference=reference.encode,
+    schema="encode",
+    cases=_coding_cases("boxes", _boxes),
+    errors=_coding_errors("boxes"),
+    peers={"torchvision": _torchvision_coder("encode_single")},
+    # (center - prior) / (size * variance) in bfloat16 loses what the inputs' rounding loses: compare in its own terms.
+    tolerance={torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 2e-3, torch.bfloat16: 2e-2},
+    differentiable=("boxes",),
+)
+
+DECODE = Op(
+    name="decode",
+    op=ops.decode,
+    reference=reference.decode,
+    schema="decode",
+    cases=[*_coding_cases("deltas", _deltas), Case("hostile deltas", _hostile_deltas, peers=False)],
+    errors=[
+        *_coding_errors("deltas"),
+        ErrorCase(
+            "NaN clip",
+            lambda: {"deltas": torch.rand(5, 4), "priors": torch.rand(5, 4), "clip": math.nan},
+            r"clip must be a number, got nan",
+        ),
+    ],
+    peers={"torchvision": _torchvision_coder("decode_single")},
+    differentiable=("deltas",),
+)
+
+
+def _pairs(n, m, **kwargs):
+    make = lambda g: {"boxes_a": random_boxes(n, g), "boxes_b": random_boxes(m, g)}  # noqa: E731
+    return Case(f"N={n} M={m}", make, **kwargs)
+
+
+def _hostile_boxes(g):
+    boxes = random_boxes(12, g)
+    boxes[0, 0], boxes[1, 2], boxes[2, 0] = math.nan, math.inf, -math.inf
+    boxes[3] = boxes[3, [2, 1, 0, 3]]  # inverted in x
+    boxes[4] = boxes[4, [2, 3, 0, 1]]  # inverted in both
+    boxes[5, 2:] = boxes[5, :2]  # a point
+    boxes[6] = boxes[5]
+    boxes[7] = torch.tensor([-3e18, -3e18, 3e18, 3e18])
+    boxes[8] = -boxes[8, [2, 3, 0, 1]]  # negative coordinates
+    return {"boxes_a": boxes, "boxes_b": boxes.flip(0)}
+
+
+def _iou_of(a, b):
+    return lambda: {"boxes_a": a, "boxes_b": b}
+
+
+BOX_IOU = Op(
+    name="box_iou",
+    op=ops.box_iou,
+    reference=reference.box_iou,
+    schema="box_iou",
+    cases=[
+        _pairs(5, 7),
+        _pairs(1, 1),
+        _pairs(0, 5),
+        _pairs(5, 0),
+        _pairs(33, 257),
+        Case("hostile", _hostile_boxes, dtypes=(torch.float32,), peers=False),
+        _pairs(100, 8732, benchmark=True, quick=True),
+        _pairs(1000, 1000, benchmark=True),
+    ],
+    errors=[
+        ErrorCase("not boxes", _iou_of(torch.rand(3, 5), torch.rand(3, 4)), r"\[N, 4\], got \[3, 5\]"),
+        ErrorCase("one box", _iou_of(torch.rand(3, 4), torch.rand(4)), r"\[M, 4\], got \[4\]"),
+        ErrorCase("dtypes mixed", _iou_of(torch.rand(3, 4), torch.rand(3, 4).half()), r"got float16"),
+    ],
+    peers={"torchvision": _torchvision_iou},
+)
+
+OPS = [ENCODE, DECODE, BOX_IOU]

@@ -1,0 +1,57 @@
+"""Inputs that several ops share: priors, synthetic and real ground truth, candidates."""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssd_ext import priors as _priors
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+@functools.cache
+def ssd300_priors() -> Tensor:
+    """``[8732, 4]`` centre and size, relative."""
+    return _priors.SSD300_COCO.boxes()
+
+
+def random_boxes(n: int, g: torch.Generator, low: float = 0.02, high: float = 0.5) -> Tensor:
+    """``[n, 4]`` corners: centres uniform in the unit square, sides uniform in ``low..high``."""
+    center = torch.rand(n, 2, generator=g)
+    size = low + (high - low) * torch.rand(n, 2, generator=g)
+    return torch.cat([center - size / 2, center + size / 2], 1)
+
+
+def synthetic_gts(batch: int, g: torch.Generator, most: int = 60, mean: float = 7) -> tuple[list[Tensor], list[Tensor]]:
+    """COCO-like ground truth: 1 to ``most`` boxes an image, geometric with about ``mean``; labels 1..80."""
+    counts = torch.empty(batch).geometric_(1 / mean, generator=g).clamp(max=most).long().tolist()
+    boxes = [random_boxes(n, g) for n in counts]
+    labels = [torch.randint(1, 81, (n,), generator=g) for n in counts]
+    return boxes, labels
+
+
+@functools.cache
+def _coco() -> dict:
+    return json.loads((DATA / "coco_boxes.json").read_text())
+
+
+def coco_gts(batch: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Ground truth of real photographs (COCO 2017, see benchmarks/data/SOURCE.md), repeated to ``batch`` images."""
+    images = _coco()["images"]
+    chosen = [images[i % len(images)] for i in range(batch)]
+    boxes = [torch.tensor(image["boxes"], dtype=torch.float32).reshape(-1, 4) for image in chosen]
+    labels = [torch.tensor(image["labels"], dtype=torch.int64) for image in chosen]
+    return boxes, labels
+
+
+def detector_candidates(n: int, g: torch.Generator, per_object: int = 20) -> tuple[Tensor, Tensor]:
+    """What a detector hands to NMS: boxes jittered about ``n / per_object`` objects, scores uniform in 0.01..1."""
+    objects = random_boxes(max(1, n // per_object), g)
+    boxes = objects[torch.randint(len(objects), (n,), generator=g)]
+    size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    boxes = boxes + torch.randn(n, 4, generator=g) * 0.1 * size
+    boxes = torch.cat([torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])], 1)
+    return boxes, 0.01 + 0.99 * torch.rand(n, generator=g)

@@ -1,0 +1,84 @@
+#include "boxes/boxes.h"
+
+#include "common/gpu.h"
+
+namespace ssd_ext::boxes {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) encode_kernel(const T* __restrict__ boxes,   // [rows, 4]
+                                                          const T* __restrict__ priors,  // [num_priors, 4]
+                                                          T* __restrict__ deltas,        // [rows, 4]
+                                                          Coding coding) {
+  using C = gpu::Compute<T>;
+  const C center = C(coding.center), size = C(coding.size);
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
+    const Box<C> b = gpu::load_box(boxes, r);
+    const CenterBox<C> p = gpu::load_prior(priors, r % coding.num_priors);
+    gpu::store_four(deltas, r, encode_center(b.x1, b.x2, p.cx, p.w, center),
+                    encode_center(b.y1, b.y2, p.cy, p.h, center), encode_size(b.x1, b.x2, p.w, size),
+                    encode_size(b.y1, b.y2, p.h, size));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) decode_kernel(const T* __restrict__ deltas,  // [rows, 4]
+                                                          const T* __restrict__ priors,  // [num_priors, 4]
+                                                          T* __restrict__ boxes,         // [rows, 4]
+                                                          Coding coding) {
+  using C = gpu::Compute<T>;
+  const C center = C(coding.center), size = C(coding.size), clip = C(coding.clip);
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
+    const CenterBox<C> d = gpu::load_prior(deltas, r);
+    const CenterBox<C> p = gpu::load_prior(priors, r % coding.num_priors);
+    const Box<C> b =
+        to_corners(CenterBox<C>{decode_center(d.cx, p.cx, p.w, center), decode_center(d.cy, p.cy, p.h, center),
+                                decode_size(d.w, p.w, size, clip), decode_size(d.h, p.h, size, clip)});
+    gpu::store_four(boxes, r, b.x1, b.y1, b.x2, b.y2);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) box_iou_kernel(const T* __restrict__ a,  // [n, 4]
+                                                           const T* __restrict__ b,  // [m, 4]
+                                                           T* __restrict__ out,      // [n, m]
+                                                           int64_t n, int64_t m) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = gpu::global_index(); i < n * m; i += stride) {
+    out[i] = T(iou(gpu::load_box(a, i / m), gpu::load_box(b, i % m)));
+  }
+}
+
+}  // namespace
+
+void encode_cuda(DType dtype, const void* boxes, const void* priors, void* deltas, const Coding& coding,
+                 Stream stream) {
+  gpu::dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    gpu::launch(encode_kernel<T>, dim3(gpu::blocks_for(coding.rows, kThreads)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(boxes), static_cast<const T*>(priors), static_cast<T*>(deltas), coding);
+  });
+}
+
+void decode_cuda(DType dtype, const void* deltas, const void* priors, void* boxes, const Coding& coding,
+                 Stream stream) {
+  gpu::dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    gpu::launch(decode_kernel<T>, dim3(gpu::blocks_for(coding.rows, kThreads)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(deltas), static_cast<const T*>(priors), static_cast<T*>(boxes), coding);
+  });
+}
+
+void box_iou_cuda(DType dtype, const void* a, const void* b, void* out, int64_t n, int64_t m, Stream stream) {
+  gpu::dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    gpu::launch(box_iou_kernel<T>, dim3(gpu::blocks_for(n * m, kThreads)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n, m);
+  });
+}
+
+}  // namespace ssd_ext::boxes

@@ -1,0 +1,131 @@
+#pragma once
+// The one header that every kernel file (.cu) includes. Kernels launch through gpu::launch, carve
+// dynamic shared memory with gpu::Smem, use full-mask _sync intrinsics, and never include torch:
+// so the emulator can build the very same files for the CPU.
+#if defined(SSD_EXT_EMULATE)
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+
+#include "common/box.h"
+#include "common/dtype.h"
+
+namespace ssd_ext::gpu {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kWarp = 32;
+
+template <class T>
+struct Id {
+  using type = T;
+};
+
+#if defined(SSD_EXT_EMULATE)
+using emulator::launch;
+#else
+// Launches on `stream`, on the current device; an empty grid launches nothing.
+template <class... Expected>
+void launch(void (*kernel)(Expected...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            typename Id<Expected>::type... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("ssd_ext: CUDA launch failed: ") + cudaGetErrorString(error));
+}
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+#endif
+
+// Carves typed arrays off the dynamic shared memory, one after another.
+struct Smem {
+  size_t offset = 0;
+
+  template <class T>
+  SSD_EXT_HD static constexpr size_t end_of(size_t offset, size_t count) {
+    return (offset + alignof(T) - 1) / alignof(T) * alignof(T) + count * sizeof(T);
+  }
+
+  template <class T>
+  __device__ __forceinline__ T* take(size_t count) {
+    const size_t end = end_of<T>(offset, count);
+    offset = end;
+#if defined(SSD_EXT_EMULATE)
+    return static_cast<T*>(emulator::carve(end - count * sizeof(T), count * sizeof(T)));
+#else
+    return reinterpret_cast<T*>(dynamic_shared + end - count * sizeof(T));
+#endif
+  }
+};
+
+// The type that T is computed in, and the tags that dispatch() hands out.
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeType<T>::type;
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class F>
+void dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(Tag<float>{});
+    case DType::f64:
+      return f(Tag<double>{});
+    case DType::f16:
+      return f(Tag<__half>{});
+    case DType::bf16:
+      return f(Tag<__nv_bfloat16>{});
+  }
+}
+
+__device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+// Blocks of `threads` that cover n items, for kernels that walk the rest in strides of the grid.
+inline unsigned blocks_for(int64_t n, int threads) {
+  const int64_t blocks = (n + threads - 1) / threads;
+  return unsigned(blocks < 65535 * 16 ? blocks : 65535 * 16);
+}
+
+// Four values as one 8- or 16-byte access, or two of 16 bytes.
+template <class T>
+struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Four {
+  T v[4];
+};
+
+template <class T>
+__device__ __forceinline__ Box<Compute<T>> load_box(const T* boxes, int64_t i) {
+  using C = Compute<T>;
+  const Four<T> f = reinterpret_cast<const Four<T>*>(boxes)[i];
+  return {C(f.v[0]), C(f.v[1]), C(f.v[2]), C(f.v[3])};
+}
+
+template <class T>
+__device__ __forceinline__ CenterBox<Compute<T>> load_prior(const T* priors, int64_t i) {
+  using C = Compute<T>;
+  const Four<T> f = reinterpret_cast<const Four<T>*>(priors)[i];
+  return {C(f.v[0]), C(f.v[1]), C(f.v[2]), C(f.v[3])};
+}
+
+template <class T>
+__device__ __forceinline__ void store_four(T* out, int64_t i, Compute<T> a, Compute<T> b, Compute<T> c, Compute<T> d) {
+  reinterpret_cast<Four<T>*>(out)[i] = {{T(a), T(b), T(c), T(d)}};
+}
+
+}  // namespace ssd_ext::gpu

@@ -1,0 +1,127 @@
+#include "common/tensor.h"
+
+#if defined(SSD_EXT_WITH_CUDA)
+// Declared here rather than by USE_CUDA, and weak: it lives in libtorch_cuda.so, and a CUDA build of
+// this extension must load under a CPU-only torch too.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace ssd_ext {
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+std::string device_of(const Tensor& t) {
+  switch (t.device().type()) {
+    case DeviceType::CPU:
+      return "cpu";
+    case DeviceType::CUDA:
+      return "cuda:" + std::to_string(t.get_device_index());
+    default:
+      return "device type " + std::to_string(static_cast<int>(t.device().type()));
+  }
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+static void check_device(const char* op, const Arg& arg, const Arg& like) {
+  if (arg.tensor.device() != like.tensor.device()) {
+    raise(op, ": ", arg.name, " must be on the device of ", like.name, ", ", device_of(like.tensor), ", got ",
+          device_of(arg.tensor));
+  }
+}
+
+void check_floating(const char* op, std::initializer_list<Arg> args) {
+  const Arg& first = *args.begin();
+  const ScalarType type = first.tensor.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double && !is_half(type)) {
+    raise(op, ": ", first.name, " must be float32, float64, float16 or bfloat16, got ", name_of(type));
+  }
+  for (const Arg& arg : args) {
+    check_device(op, arg, first);
+    if (arg.tensor.scalar_type() != type) {
+      raise(op, ": ", arg.name, " must have the dtype of ", first.name, ", ", name_of(type), ", got ",
+            name_of(arg.tensor.scalar_type()));
+    }
+  }
+}
+
+void check_long(const char* op, const Arg& arg, const Arg& like) {
+  check_device(op, arg, like);
+  if (arg.tensor.scalar_type() != ScalarType::Long) {
+    raise(op, ": ", arg.name, " must be int64, got ", name_of(arg.tensor.scalar_type()));
+  }
+}
+
+void check_shape(const char* op, const Arg& arg, std::initializer_list<int64_t> shape, const char* expected) {
+  bool ok = arg.tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (const int64_t extent : shape) {
+    ok = ok && (extent == kAny || arg.tensor.size(i) == extent);
+    ++i;
+  }
+  if (!ok) raise(op, ": ", arg.name, " must be ", expected, ", got ", shape_of(arg.tensor));
+}
+
+void check_fraction(const char* op, const char* name, double value) {
+  if (!(value >= 0 && value <= 1)) raise(op, ": ", name, " must be in [0, 1], got ", value);
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      return DType::f32;
+  }
+}
+
+Tensor cuda_input(const Tensor& t) {
+  const Tensor c = as_contiguous(t);
+  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);
+}
+
+static Stream current_stream(const char* op, const Tensor& t) {
+#if defined(SSD_EXT_WITH_CUDA)
+  if (!aoti_torch_get_current_cuda_stream) raise(op, ": this torch has no CUDA support");
+  Stream stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+#else
+  raise(op, ": got a tensor on ", device_of(t),
+        ", but ssd_ext was built without CUDA; reinstall with SSD_EXT_CUDA=ON and nvcc on PATH (or CUDA_HOME set)");
+#endif
+}
+
+CudaLaunch::CudaLaunch(const char* op, const Tensor& t) : guard(t.get_device_index()), stream(current_stream(op, t)) {}
+
+}  // namespace ssd_ext

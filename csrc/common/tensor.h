@@ -1,0 +1,122 @@
+#pragma once
+// What every binding needs of torch: the LibTorch stable ABI alone (no ATen, no c10), argument
+// checks that print the offending value, and the choice of backend.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace ssd_ext {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using Tensor = torch::stable::Tensor;
+
+// An op registered for CPU and CUDA alike: one function checks, allocates, then picks the kernel.
+#define SSD_EXT_REGISTER(m)                                                  \
+  static void ssd_ext_register(torch::stable::detail::StableLibrary&);       \
+  STABLE_TORCH_LIBRARY_IMPL(ssd_ext, CPU, cpu) { ssd_ext_register(cpu); }    \
+  STABLE_TORCH_LIBRARY_IMPL(ssd_ext, CUDA, cuda) { ssd_ext_register(cuda); } \
+  static void ssd_ext_register(torch::stable::detail::StableLibrary& m)
+
+// ---- errors -----------------------------------------------------------------------------------
+
+// Python sees a ValueError. (STD_TORCH_CHECK would prefix the message with file and line.)
+template <class... Parts>
+[[noreturn]] void raise(const Parts&... parts) {
+  std::ostringstream text;
+  text << "ssd_ext::";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+std::string shape_of(const Tensor& t);   // "[3, 5]"
+std::string device_of(const Tensor& t);  // "cpu", "cuda:0"
+const char* name_of(ScalarType type);    // "float32"
+
+// A named argument, for checks that speak of it.
+struct Arg {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// All floating, of one dtype and on one device.
+void check_floating(const char* op, std::initializer_list<Arg> args);
+void check_long(const char* op, const Arg& arg, const Arg& like);  // int64, on the device of `like`
+void check_shape(const char* op, const Arg& arg, std::initializer_list<int64_t> shape, const char* expected);
+void check_fraction(const char* op, const char* name, double value);  // in [0, 1]
+constexpr int64_t kAny = -1;                                          // any extent, in check_shape
+
+// ---- data -------------------------------------------------------------------------------------
+
+inline bool is_cuda(const Tensor& t) { return t.device().type() == DeviceType::CUDA; }
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline bool is_half(ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; }
+
+// The tensor that a CPU kernel reads: contiguous, float16 and bfloat16 widened to float32.
+inline Tensor compute_input(const Tensor& t) {
+  return is_half(t.scalar_type()) ? as_contiguous(torch::stable::to(t, ScalarType::Float)) : as_contiguous(t);
+}
+
+// A CPU kernel's result, back in the dtype that the caller gave.
+inline Tensor as_dtype_of(const Tensor& result, const Tensor& given) {
+  return is_half(given.scalar_type()) ? torch::stable::to(result, given.scalar_type()) : result;
+}
+
+// The tensor that a CUDA kernel reads: contiguous and aligned for 16-byte loads (a view into the
+// middle of another tensor may not be).
+Tensor cuda_input(const Tensor& t);
+
+// Calls f with a float or a double that tells the type of a compute_input.
+template <class F>
+decltype(auto) dispatch_compute(const Tensor& t, F&& f) {
+  return t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+DType dtype_of(const Tensor& t);  // of a floating tensor
+
+// ---- CUDA -------------------------------------------------------------------------------------
+
+// The guard and stream of a launch on t's device. Throws in a build without CUDA.
+struct CudaLaunch {
+  explicit CudaLaunch(const char* op, const Tensor& t);
+  torch::stable::accelerator::DeviceGuard guard;
+  Stream stream;
+};
+
+// Runs its argument in a CUDA build; in a CPU-only build nothing refers to the kernels, and
+// constructing CudaLaunch has thrown before control comes here.
+#if defined(SSD_EXT_WITH_CUDA)
+#define SSD_EXT_CUDA_CALL(...) __VA_ARGS__
+#else
+#define SSD_EXT_CUDA_CALL(...) (void)0
+#endif
+
+// ---- threads ----------------------------------------------------------------------------------
+
+// f(begin, end) over parts of [0, n), on torch's own threads (torch.set_num_threads). f must not
+// throw: torch loses the text of an exception raised on another thread.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  if (n <= grain) {
+    f(int64_t{0}, n);
+  } else {
+    torch::stable::parallel_for(0, n, grain, f);
+  }
+}
+
+}  // namespace ssd_ext

@@ -1,0 +1,104 @@
+// The vector type of the SIMD level being compiled, and what GCC's vector extension lacks.
+// Included by for_each_simd_level.h inside the level's namespace.
+
+constexpr int kVecBytes = SSD_EXT_SIMD_LEVEL == 2 ? 64 : SSD_EXT_SIMD_LEVEL == 1 ? 32 : 16;
+
+// At least four lanes, so that a box (four coordinates) never straddles two vectors.
+template <class T>
+constexpr int kLanes = kVecBytes / int(sizeof(T)) < 4 ? 4 : kVecBytes / int(sizeof(T));
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kLanes<T> * sizeof(T))));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline __attribute__((always_inline)) void store(T* p, V v) {
+  static_assert(std::is_same_v<T, ScalarOf<V>>);
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes (n < kLanes) of p, `fill` in the others. Reads nothing beyond p[n - 1].
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load_first(const T* p, int64_t n, T fill) {
+  T lanes[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < n ? p[i] : fill;
+  return load<T>(lanes);
+}
+
+template <class V, class T>
+inline __attribute__((always_inline)) void store_first(T* p, int64_t n, V v) {
+  __builtin_memcpy(p, &v, n * sizeof(T));
+}
+
+// 0, 1, 2, ...
+template <class T, int... I>
+inline __attribute__((always_inline)) Vec<T> iota_of(std::integer_sequence<int, I...>) {
+  return Vec<T>{T(I)...};
+}
+template <class T>
+inline __attribute__((always_inline)) Vec<T> iota() {
+  return iota_of<T>(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Bit i is lane i of a comparison's result (all ones or all zeros in each lane).
+template <class Mask>
+inline __attribute__((always_inline)) unsigned mask_bits(Mask m) {
+#if SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (sizeof(m) == 64 && sizeof(m[0]) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(m));
+  if constexpr (sizeof(m) == 64 && sizeof(m[0]) == 8) return _mm512_movepi64_mask(bit_cast<__m512i>(m));
+#elif SSD_EXT_SIMD_LEVEL == 1
+  if constexpr (sizeof(m) == 32 && sizeof(m[0]) == 4) return _mm256_movemask_ps(bit_cast<__m256>(m));
+  if constexpr (sizeof(m) == 32 && sizeof(m[0]) == 8) return _mm256_movemask_pd(bit_cast<__m256d>(m));
+#elif SSD_EXT_X86
+  if constexpr (sizeof(m) == 16 && sizeof(m[0]) == 4) return _mm_movemask_ps(bit_cast<__m128>(m));
+#endif
+  unsigned bits = 0;
+  for (unsigned i = 0; i < sizeof(m) / sizeof(m[0]); ++i) bits |= unsigned(m[i] != 0) << i;
+  return bits;
+}
+
+template <class Mask>
+inline __attribute__((always_inline)) bool any(Mask m) {
+  return mask_bits(m) != 0;
+}
+
+// Boxes in two vectors, as they lie in memory, against their two halves. With box k's four values
+// (a, b, c, d), `first` holds the pairs (a, b) of all boxes and `second` the pairs (c, d), both in
+// one order; so the arithmetic between is the same in every lane.
+template <class V>
+struct Halves {
+  V first, second;
+};
+
+template <class V, int... I>
+inline __attribute__((always_inline)) Halves<V> split_of(V v0, V v1, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return {__builtin_shufflevector(v0, v1, ((I & 2 ? n : 0) + (I & ~3) + (I & 1))...),
+          __builtin_shufflevector(v0, v1, ((I & 2 ? n : 0) + (I & ~3) + (I & 1) + 2)...)};
+}
+template <class V>
+inline __attribute__((always_inline)) Halves<V> split(V v0, V v1) {
+  return split_of(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
+}
+
+// The inverse: two vectors of boxes again.
+template <class V, int... I>
+inline __attribute__((always_inline)) void join_of(Halves<V> h, V& v0, V& v1, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  v0 = __builtin_shufflevector(h.first, h.second, ((I & 2 ? n : 0) + (I & ~3) + (I & 1))...);
+  v1 = __builtin_shufflevector(h.first, h.second, ((I & 2 ? n : 0) + (I & ~3) + (I & 1) + 2)...);
+}
+template <class V>
+inline __attribute__((always_inline)) void join(Halves<V> h, V& v0, V& v1) {
+  join_of(h, v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
+}

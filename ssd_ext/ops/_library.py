@@ -1,0 +1,30 @@
+"""How an op of the extension is made known to autograd, autocast and the compiler."""
+
+import torch
+
+_library = torch.library.Library("ssd_ext", "FRAGMENT")
+
+
+def define(schema: str, *tags: torch.Tag) -> None:
+    """Define an op in Python, for tags that the C++ library interface of torch 2.11 cannot give."""
+    _library.define(schema, tags=tags)
+
+
+def autocast_to_float32(op: str) -> None:
+    """Under autocast, cast every floating input to float32: boxes and scores lose too much in half."""
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"ssd_ext::{op}", device, torch.float32)
+
+
+def no_gradient(op: str) -> None:
+    """The op's outputs are indices or masks: autograd passes straight through to the kernel."""
+    _library.impl(op, torch.library.fallthrough_kernel, "Autograd")
+
+
+def refuse_gradient(op: str, reason: str) -> None:
+    """The op has floating outputs but no derivative: asking for one is an error that says why."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"ssd_ext::{op} is not differentiable: {reason}")
+
+    torch.library.register_autograd(f"ssd_ext::{op}", backward)

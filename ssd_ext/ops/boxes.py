@@ -1,0 +1,142 @@
+"""Box coding and overlap: encode, decode, box_iou."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ssd_ext.ops._library import autocast_to_float32, refuse_gradient
+
+DEFAULT_CLIP = math.log(1000 / 16)
+
+
+def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
+    """Encode boxes as deltas from priors, the targets of SSD's regression head.
+
+    With a box's centre and size ``(gx, gy, gw, gh)`` and a prior ``(cx, cy, w, h)``:
+    ``((gx - cx) / (w * v0), (gy - cy) / (h * v0), log(gw / w) / v1, log(gh / h) / v1)``.
+
+    Args:
+        boxes: ``[..., P, 4]`` corners ``(x1, y1, x2, y2)``, in the units of ``priors`` (relative
+            0..1 or pixels). float32, float64, float16 or bfloat16; the halves compute in float32.
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device; a constant.
+        variances: of centre and size. ``(0.1, 0.2)`` equals torchvision's weights ``(10, 10, 5, 5)``.
+
+    Returns:
+        ``[..., P, 4]`` deltas ``(dx, dy, dw, dh)`` in the order of ``boxes``. A box without width
+        or height gives ``-inf``, an inverted one NaN.
+
+    Differentiable in ``boxes``, twice too.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or a variance that is not positive.
+        RuntimeError: a gradient for ``priors`` is asked for.
+
+    Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.encode``.
+    """
+    return torch.ops.ssd_ext.encode(boxes, priors, list(variances))
+
+
+def decode(
+    deltas: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1, 0.2), clip: float = DEFAULT_CLIP
+) -> Tensor:
+    """Decode deltas from priors to boxes; the inverse of :func:`encode`.
+
+    Args:
+        deltas: ``[..., P, 4]`` as :func:`encode` gives them. float32, float64, float16 or bfloat16;
+            the halves compute in float32.
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device; a constant.
+        variances: of centre and size.
+        clip: upper bound of ``delta * variance`` of a size, before the exponential, so that no
+            delta makes an infinite box. ``math.inf`` turns it off.
+
+    Returns:
+        ``[..., P, 4]`` corners ``(x1, y1, x2, y2)`` in the units and order of ``priors``, not
+        clipped to the image. A NaN delta gives NaN corners.
+
+    Differentiable in ``deltas``, twice too; a size that ``clip`` bounds has no gradient.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, a variance that is not positive, a NaN ``clip``.
+        RuntimeError: a gradient for ``priors`` is asked for.
+
+    Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.decode``.
+    """
+    return torch.ops.ssd_ext.decode(deltas, priors, list(variances), clip)
+
+
+def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Intersection over union of every pair of two sets of boxes.
+
+    Args:
+        boxes_a: ``[N, 4]`` corners ``(x1, y1, x2, y2)``, any units. float32, float64, float16 or
+            bfloat16; the halves compute in float32.
+        boxes_b: ``[M, 4]`` likewise, same dtype and device.
+
+    Returns:
+        ``[N, M]`` in 0..1. A box with a NaN or infinite coordinate, or without area, has IoU 0 with
+        everything (torchvision gives NaN).
+
+    Not differentiable; for a loss, use torchvision's ``generalized_box_iou_loss`` and its kin.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+        RuntimeError: a gradient is asked for.
+
+    Source: Everingham et al., PASCAL VOC (2010), section 4.2; torchvision's ``box_iou``.
+    """
+    return torch.ops.ssd_ext.box_iou(boxes_a, boxes_b)
+
+
+@torch.library.register_fake("ssd_ext::encode")
+def _(boxes, priors, variances):
+    return torch.empty(boxes.shape, dtype=boxes.dtype, device=boxes.device)
+
+
+@torch.library.register_fake("ssd_ext::decode")
+def _(deltas, priors, variances, clip):
+    return torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
+
+
+@torch.library.register_fake("ssd_ext::box_iou")
+def _(boxes_a, boxes_b):
+    return boxes_a.new_empty(boxes_a.shape[0], boxes_b.shape[0])
+
+
+def _keep_inputs(ctx, inputs, output):
+    rows, priors, *ctx.constants = inputs
+    ctx.save_for_backward(rows, priors)
+
+
+def _refuse_prior_gradient(ctx, op):
+    if ctx.needs_input_grad[1]:
+        raise RuntimeError(f"ssd_ext::{op} has no gradient for priors: they are constants (pass priors.detach())")
+
+
+def _encode_backward(ctx, grad):
+    _refuse_prior_gradient(ctx, "encode")
+    boxes, priors = ctx.saved_tensors
+    (variances,) = ctx.constants
+    extent = boxes[..., 2:] - boxes[..., :2]
+    center = grad[..., :2] * 0.5 / (priors[:, 2:] * variances[0])
+    size = grad[..., 2:] / (extent * variances[1])
+    return torch.cat([center - size, center + size], -1), None, None
+
+
+def _decode_backward(ctx, grad):
+    _refuse_prior_gradient(ctx, "decode")
+    deltas, priors = ctx.saved_tensors
+    variances, clip = ctx.constants
+    scaled = deltas[..., 2:] * variances[1]
+    extent = scaled.clamp(max=clip).exp() * priors[:, 2:]
+    center = (grad[..., :2] + grad[..., 2:]) * priors[:, 2:] * variances[0]
+    size = (grad[..., 2:] - grad[..., :2]) * 0.5 * extent * variances[1]
+    return torch.cat([center, torch.where(scaled > clip, 0, size)], -1), None, None, None
+
+
+torch.library.register_autograd("ssd_ext::encode", _encode_backward, setup_context=_keep_inputs)
+torch.library.register_autograd("ssd_ext::decode", _decode_backward, setup_context=_keep_inputs)
+refuse_gradient("box_iou", "use a loss made for training boxes, such as torchvision.ops.generalized_box_iou_loss")
+
+for _op in ("encode", "decode", "box_iou"):
+    autocast_to_float32(_op)

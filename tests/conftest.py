@@ -1,0 +1,43 @@
+"""Fixtures of the suite."""
+
+import pytest
+import torch
+
+from ssd_ext import _C
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and "cuda" in _C.build_info() else [])
+SIMD_LEVELS = []
+_widest = _C.simd_level()
+for _name in ("baseline", "avx2", "avx512"):
+    try:
+        _C.set_simd_level(_name)
+        SIMD_LEVELS.append(_name)
+    except ValueError:
+        pass
+_C.set_simd_level(_widest)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def simd():
+    """A function that switches the SIMD level; the level is restored afterwards."""
+    before = _C.simd_level()
+    yield _C.set_simd_level
+    _C.set_simd_level(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets torch's thread count; it is restored afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20)

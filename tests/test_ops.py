@@ -1,0 +1,217 @@
+"""What every op must do, on every case of its description."""
+
+import pytest
+import torch
+from conftest import DEVICES, SIMD_LEVELS
+
+from benchmarks.cases import OPS
+from benchmarks.cases.spec import MissingPeerError, convert, map_tensors, tensors_in
+
+CASES = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}", marks=[pytest.mark.slow] if case.benchmark else [])
+    for op in OPS
+    for case in op.cases
+]
+SMALL = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for case in op.cases if not case.benchmark]
+EACH = [pytest.param(op, op.cases[0], id=op.name) for op in OPS]
+ERRORS = [pytest.param(op, error, id=f"{op.name}-{error.name}") for op in OPS for error in op.errors]
+PEERS = [
+    pytest.param(op, case, peer, id=f"{op.name}-{case.name}-{peer}", marks=[pytest.mark.slow] if case.benchmark else [])
+    for op in OPS
+    for case in op.cases
+    for peer in op.peers
+    if case.peers and torch.float32 in case.dtypes
+]
+
+
+def assert_same_bits(a, b):
+    a, b = list(tensors_in(a)), list(tensors_in(b))
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def requiring_grad(op, inputs):
+    return {
+        k: v.clone().requires_grad_() if k in op.differentiable and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_agrees_with_float64_reference(op, case, device, generator):
+    made = case.make(generator)
+    for dtype in case.dtypes:
+        inputs = convert(made, dtype)
+        before = map_tensors(inputs, torch.clone)
+        result = op.op(**convert(inputs, device=device))
+        wrong = op.mismatch(inputs, result, op.reference(**convert(inputs, torch.float64)))
+        assert wrong is None, f"{dtype}: {wrong}"
+        assert_same_bits(inputs, before)
+
+
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_same_bits_for_every_simd_level_and_thread_count(op, case, simd, threads, generator):
+    made = case.make(generator)
+    for dtype in case.dtypes:
+        inputs = convert(made, dtype)
+        expected = op.op(**inputs)
+        for level in SIMD_LEVELS:
+            for count in (1, 2, 3):
+                simd(level)
+                threads(count)
+                assert_same_bits(op.op(**inputs), expected)
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_any_stride_gives_the_same_bits(op, case, device, generator):
+    inputs = convert(case.make(generator), device=device)
+
+    def spread(t):  # the same values, every second element of a wider tensor
+        return t.unsqueeze(-1).repeat(*[1] * t.dim(), 2)[..., 0] if t.dim() else t
+
+    def shifted(t):  # contiguous, but not aligned for vector loads
+        return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
+
+    expected = op.op(**inputs)
+    assert_same_bits(op.op(**map_tensors(inputs, spread)), expected)
+    assert_same_bits(op.op(**map_tensors(inputs, shifted)), expected)
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_cuda_gives_the_cpu_result(op, case, generator):
+    made = case.make(generator)
+    for dtype in case.dtypes:
+        inputs = convert(made, dtype)
+        assert_same_bits(convert(op.op(**convert(inputs, device="cuda")), device="cpu"), op.op(**inputs))
+
+
+@pytest.mark.parametrize(("op", "error"), ERRORS)
+def test_wrong_input_is_refused(op, error):
+    with pytest.raises(error.error, match=error.match):
+        op.op(**error.make())
+
+
+@pytest.mark.parametrize(("op", "case", "peer"), PEERS)
+def test_agrees_with_peer(op, case, peer, generator):
+    inputs = case.make(generator)
+    try:
+        call = op.peers[peer](inputs)
+    except MissingPeerError as e:
+        pytest.skip(str(e))
+    wrong = op.mismatch(inputs, op.op(**inputs), call())
+    assert wrong is None, wrong
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_opcheck(op, case, device, generator):
+    # opcheck compares gradients without allowing NaN to equal NaN
+    finite = map_tensors(case.make(generator), lambda t: t.nan_to_num(0, 10, -10) if t.is_floating_point() else t)
+    inputs = requiring_grad(op, convert(finite, device=device))
+    seen = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "ssd_ext":
+                seen.append((func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Recorder():
+        op.op(**inputs)
+    (func, args, kwargs), *rest = seen
+    assert func.name() == f"ssd_ext::{op.schema}"
+    assert not rest
+    torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize(("op", "case"), [c for c in SMALL if c.values[0].differentiable])
+def test_gradients(op, case, device, generator):
+    inputs = convert(case.make(generator), torch.float64, device)
+    names = op.differentiable
+    if any(not torch.isfinite(inputs[name]).all() for name in names) or any(inputs[n].numel() == 0 for n in names):
+        pytest.skip("finite differences need finite numbers")
+    leaves = tuple(inputs[name].clone().requires_grad_() for name in names)
+
+    def call(*values):
+        return op.op(**{**inputs, **dict(zip(names, values, strict=True))})
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize(("op", "case"), EACH)
+def test_compiles_without_graph_break(op, case, generator):
+    inputs = case.make(generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda kwargs: op.op(**kwargs), fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(inputs), op.op(**inputs))
+
+
+@pytest.mark.parametrize(("op", "case"), EACH)
+def test_exports(op, case, generator):
+    inputs = case.make(generator)
+
+    class Module(torch.nn.Module):
+        def forward(self, kwargs):
+            return op.op(**kwargs)
+
+    program = torch.export.export(Module(), (inputs,))
+    assert_same_bits(program.module()(inputs), op.op(**inputs))
+
+
+@pytest.mark.parametrize(("op", "case"), EACH)
+def test_autocast_computes_in_float32(op, case, device, generator):
+    made = convert(case.make(generator), device=device)
+    inputs = convert(made, torch.bfloat16)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        result = op.op(**inputs)
+    assert_same_bits(result, op.op(**convert(inputs, torch.float32)))
+    mixed = dict(inputs)
+    first = next(k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    mixed[first] = inputs[first].float()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert_same_bits(op.op(**mixed), result)
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")
+@pytest.mark.parametrize(("op", "case"), [c for c in CASES if c.values[0].capturable])
+def test_captures_in_a_cuda_graph_without_host_sync(op, case, generator):
+    inputs = convert(case.make(generator), device="cuda")
+    expected = op.op(**inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op.op(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op.op(**inputs)
+    for t in tensors_in(captured):
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(captured, expected)
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")
+@pytest.mark.parametrize(("op", "case"), EACH)
+def test_mixed_devices_are_refused(op, case, generator):
+    inputs = case.make(generator)
+    last = [k for k, v in inputs.items() if isinstance(v, torch.Tensor)][-1]
+    inputs[last] = inputs[last].cuda()
+    with pytest.raises(ValueError, match="must be on the device of"):
+        op.op(**inputs)
+
+
+def test_descriptions_cover_every_op():
+    import ssd_ext
+
+    described = {op.name for op in OPS}
+    assert described == set(ssd_ext.ops.__all__) - {"unpad"}
+    assert described <= set(ssd_ext.reference.__all__)
+    for op in OPS:
+        assert op.op.__doc__
+        for word in ("Args:", "Returns:", "Raises:", "Source:"):
+            assert word in op.op.__doc__, f"{op.name} docstring lacks {word}"
