@@ -1,6 +1,5 @@
 #include "boxes/boxes.h"
 
-#include "common/box_columns.h"
 #include "common/tensor.h"
 
 #define SSD_EXT_SIMD_FILE "boxes/boxes.simd.h"
@@ -22,10 +21,7 @@ Coding check_coding(const char* op, const Arg& rows, const Arg& priors, const st
     raise(op, ": ", rows.name, " must be [..., ", num_priors, ", 4] to go with ", num_priors, " priors, got ",
           shape_of(t));
   }
-  if (variances.size() != 2) raise(op, ": variances must be (center, size), got ", variances.size(), " values");
-  for (const double v : variances) {
-    if (!(v > 0)) raise(op, ": variances must be positive, got (", variances[0], ", ", variances[1], ")");
-  }
+  check_variances(op, variances);
   if (clip != clip) raise(op, ": clip must be a number, got nan");
   return {t.numel() / 4, num_priors, variances[0], variances[1], clip};
 }
@@ -94,12 +90,7 @@ Tensor box_iou_op(const Tensor& a, const Tensor& b) {
   Tensor out = torch::stable::new_empty(ca, {n, m});
   dispatch_compute(ca, [&](auto zero) {
     using T = decltype(zero);
-    BoxColumns<T> columns(m);
-    const T *rows = ca.const_data_ptr<T>(), *others = cb.const_data_ptr<T>();
-    for (int64_t j = 0; j < m; ++j) columns.set(j, box_at(others, j));
-    T* to = out.mutable_data_ptr<T>();
-    parallel_for(n, 1 + 32768 / (m + 1),
-                 [&](int64_t begin, int64_t end) { SSD_EXT_SIMD_CALL(box_iou<T>, rows, columns, to, begin, end); });
+    SSD_EXT_SIMD_CALL(box_iou<T>, ca.const_data_ptr<T>(), cb.const_data_ptr<T>(), out.mutable_data_ptr<T>(), n, m);
   });
   return as_dtype_of(out, a);
 }

@@ -56,23 +56,25 @@ void decode(const T* deltas, const T* priors, T* rows, const boxes::Coding& codi
            [&](H d, H p) { return decode_halves<T>(d, p, coding); });
 }
 
-// Rows begin .. end of out[n, m].
+// out[i, j] = IoU of a[i] and b[j].
 template <class T>
-void box_iou(const T* a, const BoxColumns<T>& b, T* out, int64_t begin, int64_t end) {
+void box_iou(const T* a, const T* b, T* out, int64_t n, int64_t m) {
   using V = Vec<T>;
-  for (int64_t i = begin; i < end; ++i) {
-    const Box<T> one = box_at(a, i);
-    const Box<V> box{splat<V>(one.x1), splat<V>(one.y1), splat<V>(one.x2), splat<V>(one.y2)};
-    const V box_area = splat<V>(area(one));
-    for (int64_t j = 0; j < b.size; j += kLanes<T>) {
-      const Box<V> other{load<T>(b.x1 + j), load<T>(b.y1 + j), load<T>(b.x2 + j), load<T>(b.y2 + j)};
-      const V value = iou_from(intersection(box, other), box_area, load<T>(b.area + j));
-      T* to = out + i * b.size + j;
-      if (j + kLanes<T> <= b.size) {
-        store(to, value);
-      } else {
-        store_first(to, b.size - j, value);
+  const BoxColumns<T> columns(b, m);
+  const int64_t grain = 1 + 32768 / (m + 1);
+  parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Box<V> box = broadcast(box_at(a, i));
+      const V box_area = area(box);
+      for (int64_t j = 0; j < m; j += kLanes<T>) {
+        const V value = iou_from(intersection(box, load_boxes(columns, j)), box_area, load<T>(columns.areas + j));
+        T* to = out + i * m + j;
+        if (j + kLanes<T> <= m) {
+          store(to, value);
+        } else {
+          store_first(to, m - j, value);
+        }
       }
     }
-  }
+  });
 }

@@ -8,6 +8,9 @@
 #error "define SSD_EXT_SIMD_FILE, then include common/for_each_simd_level.h"
 #endif
 
+#include <memory>
+#include <vector>
+
 #include "common/box.h"
 #include "common/simd.h"
 
@@ -19,7 +22,7 @@
 namespace ssd_ext {
 namespace {
 namespace baseline {
-#include "common/vec.inl"
+#include "common/simd_level.inl"
 #include SSD_EXT_SIMD_FILE
 }  // namespace baseline
 }  // namespace
@@ -38,7 +41,7 @@ namespace baseline {
 namespace ssd_ext {
 namespace {
 namespace avx2 {
-#include "common/vec.inl"
+#include "common/simd_level.inl"
 #include SSD_EXT_SIMD_FILE
 }  // namespace avx2
 }  // namespace
@@ -57,7 +60,7 @@ namespace avx2 {
 namespace ssd_ext {
 namespace {
 namespace avx512 {
-#include "common/vec.inl"
+#include "common/simd_level.inl"
 #include SSD_EXT_SIMD_FILE
 }  // namespace avx512
 }  // namespace

@@ -92,6 +92,13 @@ void check_fraction(const char* op, const char* name, double value) {
   if (!(value >= 0 && value <= 1)) raise(op, ": ", name, " must be in [0, 1], got ", value);
 }
 
+void check_variances(const char* op, const std::vector<double>& variances) {
+  if (variances.size() != 2) raise(op, ": variances must be (center, size), got ", variances.size(), " values");
+  for (const double v : variances) {
+    if (!(v > 0)) raise(op, ": variances must be positive, got (", variances[0], ", ", variances[1], ")");
+  }
+}
+
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double:

@@ -56,7 +56,8 @@ void check_floating(const char* op, std::initializer_list<Arg> args);
 void check_long(const char* op, const Arg& arg, const Arg& like);  // int64, on the device of `like`
 void check_shape(const char* op, const Arg& arg, std::initializer_list<int64_t> shape, const char* expected);
 void check_fraction(const char* op, const char* name, double value);  // in [0, 1]
-constexpr int64_t kAny = -1;                                          // any extent, in check_shape
+void check_variances(const char* op, const std::vector<double>& variances);
+constexpr int64_t kAny = -1;  // any extent, in check_shape
 
 // ---- data -------------------------------------------------------------------------------------
 
@@ -104,6 +105,11 @@ struct CudaLaunch {
 #else
 #define SSD_EXT_CUDA_CALL(...) (void)0
 #endif
+
+// Uninitialised scratch memory on the device of t.
+inline Tensor byte_workspace(const Tensor& t, size_t bytes) {
+  return torch::stable::new_empty(t, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
 
 // ---- threads ----------------------------------------------------------------------------------
 

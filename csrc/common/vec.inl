@@ -102,3 +102,32 @@ template <class V>
 inline __attribute__((always_inline)) void join(Halves<V> h, V& v0, V& v1) {
   join_of(h, v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
 }
+
+// Lanes 0, 2, 4, ... and 1, 3, 5, ... of two vectors laid end to end.
+template <class V, int... I>
+inline __attribute__((always_inline)) Halves<V> even_odd_of(V v0, V v1, std::integer_sequence<int, I...>) {
+  return {__builtin_shufflevector(v0, v1, (2 * I)...), __builtin_shufflevector(v0, v1, (2 * I + 1)...)};
+}
+template <class V>
+inline __attribute__((always_inline)) Halves<V> even_odd(V v0, V v1) {
+  return even_odd_of(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
+}
+
+// kLanes rows of a [n, 4] array as four columns.
+template <class T>
+inline __attribute__((always_inline)) CenterBox<Vec<T>> load_columns(const T* rows) {
+  const auto a = even_odd(load<T>(rows), load<T>(rows + kLanes<T>));
+  const auto b = even_odd(load<T>(rows + 2 * kLanes<T>), load<T>(rows + 3 * kLanes<T>));
+  const auto even = even_odd(a.first, b.first), odd = even_odd(a.second, b.second);
+  return {even.first, odd.first, even.second, odd.second};
+}
+
+template <class T>
+inline __attribute__((always_inline)) Box<Vec<T>> broadcast(const Box<T>& b) {
+  return {splat<Vec<T>>(b.x1), splat<Vec<T>>(b.y1), splat<Vec<T>>(b.x2), splat<Vec<T>>(b.y2)};
+}
+
+template <class T>
+inline __attribute__((always_inline)) Box<Vec<T>> load_boxes(const BoxColumns<T>& c, int64_t i) {
+  return {load<T>(c.x1 + i), load<T>(c.y1 + i), load<T>(c.x2 + i), load<T>(c.y2 + i)};
+}

@@ -1,17 +1,8 @@
-#pragma once
 // exp and log as explicit sequences of IEEE operations, the same on the host, on the device and in
 // every SIMD width, so that what is selected by them agrees to the bit. Build with
 // -ffp-contract=off and -fmad=false: a fused multiply-add would round differently.
 //
-// V is float, double, or a GCC vector of either.
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "common/macros.h"
-
-namespace ssd_ext {
+// V is float, double, or a GCC vector of either. Included by box.h and for_each_simd_level.h.
 
 template <class V>
 struct LaneTraits {  // GCC vectors: a comparison yields the integer vector of the same width
@@ -197,5 +188,3 @@ SSD_EXT_HD V log(V x) {
   result = x < zero ? splat<V>(std::numeric_limits<T>::quiet_NaN()) : result;
   return x == zero ? -inf : result;
 }
-
-}  // namespace ssd_ext

@@ -1,0 +1,73 @@
+// Box arithmetic, one function for every backend. V is float, double, or a vector of either: lane i
+// of each argument belongs to box i. Included by box.h and for_each_simd_level.h.
+
+template <class V>
+struct Box {  // corners, x1 <= x2 and y1 <= y2 in a proper box
+  V x1, y1, x2, y2;
+};
+
+template <class V>
+SSD_EXT_HD V area(const Box<V>& b) {
+  return (b.x2 - b.x1) * (b.y2 - b.y1);
+}
+
+template <class V>
+SSD_EXT_HD V intersection(const Box<V>& a, const Box<V>& b) {
+  const V zero = splat<V>(0);
+  const V w = min_of(a.x2, b.x2) - max_of(a.x1, b.x1);
+  const V h = min_of(a.y2, b.y2) - max_of(a.y1, b.y1);
+  return max_of(w, zero) * max_of(h, zero);
+}
+
+// 0 where the union is not a positive number: a box with a NaN or infinite coordinate, or two
+// boxes without area, overlap nothing.
+template <class V>
+SSD_EXT_HD V iou_from(V inter, V area_a, V area_b) {
+  const V zero = splat<V>(0);
+  const V total = area_a + area_b - inter;
+  return total > zero ? inter / total : zero;
+}
+
+template <class V>
+SSD_EXT_HD V iou(const Box<V>& a, const Box<V>& b) {
+  return iou_from(intersection(a, b), area(a), area(b));
+}
+
+// A ground-truth box that may be matched: finite coordinates and a positive, finite area.
+template <class T>
+SSD_EXT_HD bool is_valid(const Box<T>& b) {
+  const T a = area(b);
+  return b.x2 > b.x1 && b.y2 > b.y1 && a > T(0) && a <= std::numeric_limits<T>::max();
+}
+
+// A prior: centre and size.
+template <class V>
+struct CenterBox {
+  V cx, cy, w, h;
+};
+
+template <class V>
+SSD_EXT_HD Box<V> to_corners(const CenterBox<V>& p) {
+  return {p.cx - p.w * ScalarOf<V>(0.5), p.cy - p.h * ScalarOf<V>(0.5), p.cx + p.w * ScalarOf<V>(0.5),
+          p.cy + p.h * ScalarOf<V>(0.5)};
+}
+
+// The two halves of the SSD box coding (Liu et al. 2016, eq. 2), one axis at a time.
+template <class V>
+SSD_EXT_HD V encode_center(V low, V high, V center, V size, ScalarOf<V> variance) {
+  return ((low + high) * ScalarOf<V>(0.5) - center) / (size * variance);
+}
+template <class V>
+SSD_EXT_HD V encode_size(V low, V high, V size, ScalarOf<V> variance) {
+  return log((high - low) / size) / variance;
+}
+template <class V>
+SSD_EXT_HD V decode_center(V delta, V center, V size, ScalarOf<V> variance) {
+  return center + delta * variance * size;
+}
+// A NaN delta stays NaN.
+template <class V>
+SSD_EXT_HD V decode_size(V delta, V size, ScalarOf<V> variance, ScalarOf<V> clip) {
+  const V d = delta * variance, top = splat<V>(clip);
+  return exp(d > top ? top : d) * size;
+}
