@@ -1,5 +1,5 @@
 """Every op's description; tests and benchmarks iterate over ``OPS``."""
 
-from benchmarks.cases import boxes, matching
+from benchmarks.cases import boxes, matching, nms
 
-OPS = [op for room in (boxes, matching) for op in room.OPS]
+OPS = [op for room in (boxes, matching, nms) for op in room.OPS]

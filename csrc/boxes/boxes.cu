@@ -8,10 +8,10 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) encode_kernel(const T* __restrict__ boxes,   // [rows, 4]
-                                                          const T* __restrict__ priors,  // [num_priors, 4]
-                                                          T* __restrict__ deltas,        // [rows, 4]
-                                                          Coding coding) {
+__global__ void __launch_bounds__(kThreads, 1) encode_kernel(const T* __restrict__ boxes,   // [rows, 4]
+                                                             const T* __restrict__ priors,  // [num_priors, 4]
+                                                             T* __restrict__ deltas,        // [rows, 4]
+                                                             Coding coding) {
   using C = gpu::Compute<T>;
   const C center = C(coding.center), size = C(coding.size);
   const int64_t stride = int64_t(gridDim.x) * kThreads;
@@ -25,10 +25,10 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const T* __restrict__ 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const T* __restrict__ deltas,  // [rows, 4]
-                                                          const T* __restrict__ priors,  // [num_priors, 4]
-                                                          T* __restrict__ boxes,         // [rows, 4]
-                                                          Coding coding) {
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const T* __restrict__ deltas,  // [rows, 4]
+                                                             const T* __restrict__ priors,  // [num_priors, 4]
+                                                             T* __restrict__ boxes,         // [rows, 4]
+                                                             Coding coding) {
   using C = gpu::Compute<T>;
   const C center = C(coding.center), size = C(coding.size), clip = C(coding.clip);
   const int64_t stride = int64_t(gridDim.x) * kThreads;
@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const T* __restrict__ 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) box_iou_kernel(const T* __restrict__ a,  // [n, 4]
-                                                           const T* __restrict__ b,  // [m, 4]
-                                                           T* __restrict__ out,      // [n, m]
-                                                           int64_t n, int64_t m) {
+__global__ void __launch_bounds__(kThreads, 1) box_iou_kernel(const T* __restrict__ a,  // [n, 4]
+                                                              const T* __restrict__ b,  // [m, 4]
+                                                              T* __restrict__ out,      // [n, m]
+                                                              int64_t n, int64_t m) {
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t i = gpu::global_index(); i < n * m; i += stride) {
     out[i] = T(iou(gpu::load_box(a, i / m), gpu::load_box(b, i % m)));

@@ -57,7 +57,7 @@ __device__ __forceinline__ void write_matched(const Outputs& out, const T* __res
 
 // One thread a prior: its best ground truth by threshold, and each ground truth's best prior of the tile.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     threshold_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
                      const int64_t* __restrict__ gt_labels,  // [G] or nullptr
                      const int64_t* __restrict__ offsets,    // [B + 1]
@@ -136,7 +136,7 @@ __device__ __forceinline__ bool joins_before(C iou_a, int64_t prior_a, int64_t g
 
 // One block an image: ground truths claim priors, over what threshold_kernel has written.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     force_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
                  const int64_t* __restrict__ gt_labels,  // [G] or nullptr
                  const int64_t* __restrict__ offsets,    // [B + 1]

@@ -7,5 +7,6 @@ wins a tie; the same input gives the same bits on every run, thread count and SI
 
 from ssd_ext.ops.boxes import box_iou, decode, encode
 from ssd_ext.ops.matching import assign_targets, match
+from ssd_ext.ops.nms import batched_nms, nms, nms_padded
 
-__all__ = ["assign_targets", "box_iou", "decode", "encode", "match"]
+__all__ = ["assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded"]

@@ -120,7 +120,9 @@ def _is_pair(value) -> bool:
 def _rows(gt_boxes: Ragged, like: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(boxes [G, 4], offsets [B + 1]) of either form of ragged boxes."""
     if isinstance(gt_boxes, Tensor):
-        raise ValueError(f"{name} must be a list of [G, 4] tensors or (boxes, offsets), got one tensor {_shape(gt_boxes)}")
+        raise ValueError(
+            f"{name} must be a list of [G, 4] tensors or (boxes, offsets), got one tensor {_shape(gt_boxes)}"
+        )
     if _is_pair(gt_boxes):
         return gt_boxes
     offsets = [0]
@@ -161,7 +163,9 @@ def _validate(boxes: Tensor, labels: Tensor | None, offsets: Tensor, num_classes
 
     corners = boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
     extent = corners[:, 2:] - corners[:, :2]
-    bad = ~(torch.isfinite(corners).all(1) & (extent > 0).all(1) & torch.isfinite(extent.prod(1)) & (extent.prod(1) > 0))
+    bad = ~(
+        torch.isfinite(corners).all(1) & (extent > 0).all(1) & torch.isfinite(extent.prod(1)) & (extent.prod(1) > 0)
+    )
     for row in bad.nonzero().flatten().tolist()[:1]:
         raise ValueError(
             f"ground truth must be finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2, got {boxes[row].tolist()} "

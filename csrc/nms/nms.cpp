@@ -1,0 +1,167 @@
+#include "nms/nms.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/radix_sort.h"
+#include "common/tensor.h"
+
+#define SSD_EXT_SIMD_FILE "nms/nms.simd.h"
+#include "common/for_each_simd_level.h"
+
+namespace ssd_ext::nms {
+namespace {
+
+struct Call {
+  const char* op;
+  const Tensor &boxes, &scores;
+  const std::optional<Tensor>& class_ids;
+  double iou_threshold;
+  int64_t n;
+};
+
+Call check(const char* op, const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& class_ids,
+           double iou_threshold) {
+  const Arg box{"boxes", boxes};
+  check_floating(op, {box, {"scores", scores}});
+  check_shape(op, box, {kAny, 4}, "[N, 4]");
+  const int64_t n = boxes.size(0);
+  check_shape(op, {"scores", scores}, {n}, "[N], one for each of boxes");
+  if (class_ids) {
+    check_long(op, {"idxs", *class_ids}, box);
+    check_shape(op, {"idxs", *class_ids}, {n}, "[N], one for each of boxes");
+  }
+  check_fraction(op, "iou_threshold", iou_threshold);
+  if (n > std::numeric_limits<int32_t>::max()) raise(op, ": at most 2147483647 boxes, got ", n);
+  return {op, boxes, scores, class_ids, iou_threshold, n};
+}
+
+// The order of visiting, without the boxes whose score is NaN.
+std::vector<uint32_t> visiting_order(const float* scores, int64_t n) {
+  std::vector<uint64_t> entries;
+  entries.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = order_key_nan_least(scores[i]);
+    if (key == std::numeric_limits<int32_t>::min()) continue;
+    entries.push_back(uint64_t(~radix_key(key)) << 32 | uint32_t(i));
+  }
+  if (!entries.empty()) sort_by_upper_half(entries);
+  std::vector<uint32_t> order(entries.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(entries[i]);
+  return order;
+}
+std::vector<uint32_t> visiting_order(const double* scores, int64_t n) {
+  std::vector<uint32_t> order;
+  order.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (scores[i] == scores[i]) order.push_back(uint32_t(i));
+  }
+  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return scores[a] > scores[b]; });
+  return order;
+}
+
+// Small numbers for class ids, whatever their range; returns how many there are.
+int64_t dense_classes(const int64_t* ids, int64_t n, std::vector<int64_t>& dense) {
+  dense.assign(ids, ids + n);
+  const auto [low, high] = std::minmax_element(ids, ids + n);
+  const int64_t first = *low;
+  if (uint64_t(*high) - uint64_t(first) < uint64_t(4 * n + 1024)) {
+    const int64_t range = *high - first + 1;
+    for (int64_t& id : dense) id -= first;
+    return range;
+  }
+  std::vector<int64_t> distinct(dense);
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  for (int64_t& id : dense) id = std::lower_bound(distinct.begin(), distinct.end(), id) - distinct.begin();
+  return int64_t(distinct.size());
+}
+
+template <class T>
+int64_t nms_cpu(const T* boxes, const T* scores, const int64_t* class_ids, int64_t n, T threshold, int64_t* keep) {
+  const std::vector<uint32_t> order = visiting_order(scores, n);
+  std::vector<int64_t> groups;
+  const int64_t count = class_ids && n > 0 ? dense_classes(class_ids, n, groups) : 1;
+  return SSD_EXT_SIMD_CALL(nms<T>, boxes, n, order, groups, count, threshold, keep);
+}
+
+// The kept boxes, on the CPU.
+std::vector<int64_t> run_cpu(const Call& call) {
+  const Tensor boxes = compute_input(call.boxes), scores = compute_input(call.scores);
+  const std::optional<Tensor> ids = call.class_ids ? std::optional(as_contiguous(*call.class_ids)) : std::nullopt;
+  std::vector<int64_t> keep(call.n);
+  dispatch_compute(boxes, [&](auto zero) {
+    using T = decltype(zero);
+    keep.resize(nms_cpu(boxes.const_data_ptr<T>(), scores.const_data_ptr<T>(),
+                        ids ? ids->const_data_ptr<int64_t>() : nullptr, call.n, T(call.iou_threshold), keep.data()));
+  });
+  return keep;
+}
+
+// aten::sort, stable, falling: (sorted keys, order).
+std::tuple<Tensor, Tensor> sort_falling(const Tensor& keys) {
+  StableIValue stack[] = {torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
+                          torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(true)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+// keep [N], padded with -1, and count [], on the GPU; no host synchronisation.
+std::tuple<Tensor, Tensor> run_cuda(const Call& call) {
+  const CudaLaunch launch(call.op, call.boxes);
+  const Tensor boxes = cuda_input(call.boxes), scores = as_contiguous(call.scores);
+  const std::optional<Tensor> ids = call.class_ids ? std::optional(as_contiguous(*call.class_ids)) : std::nullopt;
+  const DType dtype = dtype_of(boxes);
+  Tensor keep = torch::stable::new_empty(boxes, {call.n}, ScalarType::Long);
+  Tensor count = torch::stable::new_empty(boxes, {}, ScalarType::Long);
+  Tensor keys = torch::stable::new_empty(boxes, {call.n}, dtype == DType::f64 ? ScalarType::Long : ScalarType::Int);
+  SSD_EXT_CUDA_CALL(sort_keys_cuda(dtype, scores.const_data_ptr(), keys.mutable_data_ptr(), call.n, launch.stream));
+  const auto [sorted, order] = sort_falling(keys);
+  SSD_EXT_CUDA_CALL(
+      Tensor scratch = byte_workspace(boxes, workspace_bytes(dtype, call.n));
+                    nms_cuda(dtype, boxes.const_data_ptr(), ids ? ids->const_data_ptr<int64_t>() : nullptr,
+                             sorted.const_data_ptr(), order.const_data_ptr<int64_t>(), call.n, call.iou_threshold,
+                             scratch.mutable_data_ptr(), keep.mutable_data_ptr<int64_t>(),
+                             count.mutable_data_ptr<int64_t>(), launch.stream));
+  return {keep, count};
+}
+
+Tensor nms_op(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double iou_threshold) {
+  const Call call = check(idxs ? "batched_nms" : "nms", boxes, scores, idxs, iou_threshold);
+  if (is_cuda(boxes)) {
+    auto [keep, count] = run_cuda(call);
+    const Tensor host = torch::stable::to(count, torch::stable::Device(DeviceType::CPU));
+    return torch::stable::narrow(keep, 0, 0, *host.const_data_ptr<int64_t>());
+  }
+  const std::vector<int64_t> kept = run_cpu(call);
+  Tensor keep = torch::stable::new_empty(boxes, {static_cast<int64_t>(kept.size())}, ScalarType::Long);
+  std::copy(kept.begin(), kept.end(), keep.mutable_data_ptr<int64_t>());
+  return keep;
+}
+
+std::tuple<Tensor, Tensor> nms_padded_op(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
+                                         double iou_threshold) {
+  const Call call = check("nms_padded", boxes, scores, idxs, iou_threshold);
+  if (is_cuda(boxes)) return run_cuda(call);
+  const std::vector<int64_t> kept = run_cpu(call);
+  Tensor keep = torch::stable::new_empty(boxes, {call.n}, ScalarType::Long);
+  Tensor count = torch::stable::new_empty(boxes, {}, ScalarType::Long);
+  int64_t* out = keep.mutable_data_ptr<int64_t>();
+  std::fill(std::copy(kept.begin(), kept.end(), out), out + call.n, int64_t{-1});
+  *count.mutable_data_ptr<int64_t>() = static_cast<int64_t>(kept.size());
+  return {keep, count};
+}
+
+}  // namespace
+
+// The schema of nms, whose output's length depends on the data, is in ops/nms.py, with its tags.
+STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
+  m.def("nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> (Tensor, Tensor)");
+}
+
+SSD_EXT_REGISTER(m) {
+  m.impl("nms", TORCH_BOX(&nms_op));
+  m.impl("nms_padded", TORCH_BOX(&nms_padded_op));
+}
+
+}  // namespace ssd_ext::nms
