@@ -29,6 +29,7 @@ struct BoxColumns {
     y2[i] = b.y2;
     area[i] = ssd_ext::area(b);
   }
+  Box<T> at(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
 
  private:
   std::unique_ptr<T[]> storage_;

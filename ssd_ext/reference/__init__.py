@@ -4,5 +4,6 @@ Same names, arguments and results. Nothing here imports the extension.
 """
 
 from ssd_ext.reference.boxes import area, box_iou, decode, encode
+from ssd_ext.reference.soft_nms import soft_nms, soft_nms_padded
 
-__all__ = ["area", "box_iou", "decode", "encode"]
+__all__ = ["area", "box_iou", "decode", "encode", "soft_nms", "soft_nms_padded"]
