@@ -29,6 +29,8 @@ struct BoxColumns {
     for (int64_t i = 0; i < n; ++i) set(i, box_at(rows, i));
   }
 
+  Box<T> at(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
+
   void set(int64_t i, const Box<T>& b) {
     x1[i] = b.x1;
     y1[i] = b.y1;

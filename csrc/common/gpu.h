@@ -64,6 +64,19 @@ struct Smem {
   }
 };
 
+// Carves typed arrays off a launcher's scratch memory, one after another; with a null base it only
+// counts the bytes.
+struct Scratch {
+  void* base;
+  size_t bytes = 0;
+
+  template <class T>
+  T* take(size_t count) {
+    bytes = Smem::end_of<T>(bytes, count);
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + bytes - count * sizeof(T));
+  }
+};
+
 // The type that T is computed in, and the tags that dispatch() hands out.
 template <class T>
 struct ComputeType {

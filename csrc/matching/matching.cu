@@ -16,16 +16,24 @@ struct Best {
   int32_t prior;
 };
 
-// Scratch memory of one call, carved from one allocation. Tile t of image b covers priors
-// t * kThreads .. (t + 1) * kThreads.
+SSD_EXT_HD int64_t tiles_of(const Sizes& sizes) { return (sizes.priors + kThreads - 1) / kThreads; }
+
+// Scratch memory of one call. Tile t of an image covers priors t * kThreads .. (t + 1) * kThreads.
 template <class C>
 struct Workspace {
   Best<C>* tile_best;  // [tiles, G] the best prior within a tile
   Best<C>* best;       // [G]
   uint8_t* taken;      // [B, P] claimed by force; bipartite only
-};
+  size_t bytes;
 
-SSD_EXT_HD int64_t tiles_of(const Sizes& sizes) { return (sizes.priors + kThreads - 1) / kThreads; }
+  Workspace(void* base, const Sizes& sizes, Force force) {
+    gpu::Scratch scratch{base};
+    tile_best = scratch.take<Best<C>>(tiles_of(sizes) * sizes.gts);
+    best = scratch.take<Best<C>>(sizes.gts);
+    taken = scratch.take<uint8_t>(force == Force::bipartite ? sizes.images * sizes.priors : 0);
+    bytes = scratch.bytes;
+  }
+};
 
 // Rows of image b, clamped so that no offset leads out of bounds.
 struct Rows {
@@ -256,27 +264,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class C>
-Workspace<C> carve(void* memory, const Sizes& sizes) {
-  Workspace<C> work;
-  work.tile_best = static_cast<Best<C>*>(memory);
-  work.best = work.tile_best + tiles_of(sizes) * sizes.gts;
-  work.taken = reinterpret_cast<uint8_t*>(work.best + sizes.gts);
-  return work;
-}
-
 }  // namespace
 
 size_t workspace_bytes(DType dtype, const Sizes& sizes, Force force) {
-  const size_t best = dtype == DType::f64 ? sizeof(Best<double>) : sizeof(Best<float>);
-  return best * (tiles_of(sizes) + 1) * sizes.gts + (force == Force::bipartite ? sizes.images * sizes.priors : 0);
+  return dtype == DType::f64 ? Workspace<double>(nullptr, sizes, force).bytes
+                             : Workspace<float>(nullptr, sizes, force).bytes;
 }
 
 void match_cuda(DType dtype, const void* gt_boxes, const int64_t* gt_labels, const int64_t* offsets, const void* priors,
                 const Outputs& out, const Sizes& sizes, const Rule& rule, void* workspace, Stream stream) {
   gpu::dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto work = carve<gpu::Compute<T>>(workspace, sizes);
+    const Workspace<gpu::Compute<T>> work(workspace, sizes, rule.force);
     const T *boxes = static_cast<const T*>(gt_boxes), *prior_rows = static_cast<const T*>(priors);
     gpu::launch(threshold_kernel<T>, dim3(unsigned(tiles_of(sizes) * sizes.images)), dim3(kThreads), 0, stream, boxes,
                 gt_labels, offsets, prior_rows, out, sizes, rule, work);

@@ -20,13 +20,14 @@ void sort_keys_cuda(DType dtype, const void* scores,  // [n]
 // Bytes of scratch memory that nms_cuda needs: linear in n.
 size_t workspace_bytes(DType dtype, int64_t n);
 
-void nms_cuda(DType dtype, const void* boxes,  // [n, 4] corners
-              const int64_t* class_ids,        // [n] or nullptr: all of one class
-              const void* sorted_keys,         // [n] keys in falling order
-              const int64_t* order,            // [n] order[i] = j: box j is visited i-th
-              int64_t n, double iou_threshold, void* workspace,
-              int64_t* keep,   // [n]
-              int64_t* count,  // []
+void nms_cuda(DType dtype, const void* boxes,   // [n, 4] corners
+              const int64_t* class_ids,         // [n] or nullptr: all of one class
+              const void* sorted_keys,          // [n] keys in falling order
+              const int64_t* order,             // [n] order[i] = j: box j is visited i-th
+              int64_t n, double iou_threshold,  // in [0, 1]
+              void* workspace,                  // aligned to 16 bytes
+              int64_t* keep,                    // [n]
+              int64_t* count,                   // []
               Stream stream);
 
 }  // namespace ssd_ext::nms

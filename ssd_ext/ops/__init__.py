@@ -8,5 +8,6 @@ wins a tie; the same input gives the same bits on every run, thread count and SI
 from ssd_ext.ops.boxes import box_iou, decode, encode
 from ssd_ext.ops.matching import assign_targets, match
 from ssd_ext.ops.nms import batched_nms, nms, nms_padded
+from ssd_ext.ops.soft_nms import soft_nms, soft_nms_padded
 
-__all__ = ["assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded"]
+__all__ = ["assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded", "soft_nms", "soft_nms_padded"]

@@ -6,5 +6,6 @@ Same names, arguments and results. Nothing here imports the extension.
 from ssd_ext.reference.boxes import area, box_iou, decode, encode
 from ssd_ext.reference.matching import assign_targets, match
 from ssd_ext.reference.nms import batched_nms, nms, nms_padded
+from ssd_ext.reference.soft_nms import soft_nms, soft_nms_padded
 
-__all__ = ["area", "assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded"]
+__all__ = ["area", "assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded", "soft_nms", "soft_nms_padded"]

@@ -1,0 +1,196 @@
+"""soft_nms, soft_nms_padded."""
+
+import functools
+import inspect
+import math
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.inputs import detector_candidates, random_boxes
+from benchmarks.cases.spec import HALVES, Case, ErrorCase, Inputs, Op, close
+from ssd_ext import ops, reference
+from ssd_ext.reference.soft_nms import decay
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def _replay(inputs: Inputs, keep: Tensor, margin: float) -> Tensor | str:
+    """Take the boxes in the order of ``keep`` in float64: their scores, or what is wrong with that order.
+
+    Where two scores are within ``margin``, rounding may order them either way; scores that are equal
+    in float64 must still go by index. (The cases keep IoUs clear of iou_threshold, where the linear
+    rule jumps.)
+    """
+    arguments = inspect.signature(ops.soft_nms).bind(**inputs)
+    arguments.apply_defaults()
+    boxes, scores, iou_threshold, sigma, score_threshold, method = arguments.args
+    boxes, current = boxes.cpu().double(), scores.cpu().double().nan_to_num(-math.inf, math.inf, -math.inf)
+    taken = []
+    for step, j in enumerate(keep.tolist()):
+        best = current.max()
+        gap = best - current[j]
+        if j != int((current == best).nonzero()[0]) and not 0 < gap <= margin:
+            return f"step {step} takes box {j}, whose score is {gap:.3g} below the best"
+        if current[j] <= score_threshold - margin:
+            return f"step {step} takes box {j} of score {current[j]:.3g}, not over the threshold"
+        taken.append(current[j].clone())
+        current = current * decay(reference.box_iou(boxes[j : j + 1], boxes)[0], iou_threshold, sigma, method)
+        current = current.nan_to_num(-math.inf, math.inf, -math.inf)
+        current[j] = -math.inf
+    if len(current) and current.max() > score_threshold + margin:
+        return f"box {int(current.argmax())} of score {current.max():.3g} is not taken"
+    return torch.stack(taken) if taken else current[:0]
+
+
+def _agrees(inputs: Inputs, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+    """The same boxes in the same order but for near-ties (see ``_replay``), and scores within tolerance."""
+    keep, scores, *counts = result
+    if counts:
+        (count,) = counts
+        if keep.shape != expected[0].shape or scores.shape != expected[1].shape or count.shape != ():
+            return f"outputs have shapes {[list(t.shape) for t in result]}"
+        if (keep[count:] != -1).any() or (scores[count:] != 0).any():
+            return "padding is not -1 and 0"
+        keep, scores, expected = keep[:count], scores[:count], [t[: expected[2]] for t in expected[:2]]
+    if keep.dtype != torch.int64 or len(keep) != len(scores):
+        return f"{len(keep)} {keep.dtype} indices of {len(scores)} scores"
+    expected_scores = expected[1]
+    if not torch.equal(keep.cpu(), expected[0].cpu()):
+        expected_scores = _replay(inputs, keep, TOLERANCE[torch.float32 if scores.dtype in HALVES else scores.dtype])
+        if isinstance(expected_scores, str):
+            return expected_scores
+    return close(scores, expected_scores, TOLERANCE)
+
+
+def _random(n, g):
+    return {"boxes": random_boxes(n, g), "scores": torch.rand(n, generator=g)}
+
+
+def _clustered(n, g):
+    boxes, scores = detector_candidates(n, g)
+    return {"boxes": boxes, "scores": scores}
+
+
+def _shifted(g):
+    inputs = _clustered(60, g)
+    return {"boxes": inputs["boxes"] * 40 - 30, "scores": inputs["scores"]}
+
+
+def _hostile(g):
+    inputs = _clustered(60, g)
+    boxes, scores = inputs["boxes"], inputs["scores"]
+    scores[0], scores[1], scores[2], scores[3], scores[4] = math.nan, math.inf, -math.inf, 0, -0.5
+    boxes[5, 0], boxes[6, 2], boxes[7, 1] = math.nan, math.inf, -math.inf
+    boxes[8] = boxes[8, [2, 1, 0, 3]]  # inverted in x
+    boxes[9] = boxes[9, [2, 3, 0, 1]]  # inverted in both
+    boxes[10, 2:] = boxes[10, :2]  # a point
+    boxes[11] = boxes[1]  # IoU 1 with the box of infinite score: inf * 0 in the linear rule
+    scores[11] = math.inf
+    boxes[12] = torch.tensor([-3e18, -3e18, 3e18, 3e18])
+    return inputs
+
+
+def _identical(g):
+    return {"boxes": random_boxes(1, g).repeat(20, 1), "scores": torch.rand(20, generator=g)}
+
+
+def _identical_equal(g):
+    return {"boxes": random_boxes(4, g).repeat(10, 1), "scores": torch.full((40,), 0.75)}
+
+
+def _equal_scores(g):
+    return {"boxes": random_boxes(50, g), "scores": torch.full((50,), 0.5)}
+
+
+def _all_nan(g):
+    return {"boxes": random_boxes(5, g), "scores": torch.full((5,), math.nan)}
+
+
+def _negative_scores(g):
+    inputs = _clustered(60, g)
+    return {"boxes": inputs["boxes"], "scores": inputs["scores"] - 0.5}
+
+
+def _case(name, make, both=True, **extra):
+    arguments = {k: extra.pop(k) for k in ("iou_threshold", "sigma", "score_threshold", "method") if k in extra}
+
+    def one(method):
+        return Case(f"{name} {method}", lambda g: {**make(g), "method": method, **arguments}, peers=False, **extra)
+
+    return [one("linear"), one("gaussian")] if both else [one(arguments["method"])]
+
+
+def _sized(make, n):
+    return functools.partial(make, n)
+
+
+CASES = [
+    *_case("random N=33", _sized(_random, 33)),
+    *_case("clustered N=100", _sized(_clustered, 100)),
+    *_case("clustered N=257", _sized(_clustered, 257), score_threshold=0.1),
+    *_case("N=0", _sized(_random, 0)),
+    *_case("N=1", _sized(_random, 1)),
+    *_case("N=1 too low", _sized(_random, 1), score_threshold=1.0),
+    *_case("all scores equal", _equal_scores),
+    *_case("identical boxes", _identical),
+    *_case("identical boxes and scores", _identical_equal),
+    *_case("negative coordinates", _shifted),
+    *_case("hostile", _hostile),
+    *_case("all NaN", _all_nan),
+    *_case("negative scores", _negative_scores, score_threshold=-0.4),
+    *_case("threshold of minus infinity", _hostile, score_threshold=-math.inf),
+    *_case("threshold of infinity", _hostile, score_threshold=math.inf),
+    *_case("any overlap decays", _sized(_clustered, 60), iou_threshold=0.0, both=False, method="linear"),
+    *_case("nothing decays", _sized(_clustered, 60), iou_threshold=1.0, both=False, method="linear"),
+    *_case("tiny sigma", _sized(_clustered, 60), sigma=1e-60, both=False, method="gaussian"),
+    *_case("infinite sigma", _sized(_clustered, 60), sigma=math.inf, both=False, method="gaussian"),
+    *_case("clustered N=200", _sized(_clustered, 200), benchmark=True),
+    *_case("clustered N=1000", _sized(_clustered, 1000), benchmark=True, quick=True),
+    *_case("clustered N=5000", _sized(_clustered, 5000), benchmark=True),
+]
+
+
+def _call(**changes):
+    return lambda: {"boxes": torch.rand(3, 4), "scores": torch.rand(3), **changes}
+
+
+ERRORS = [
+    ErrorCase("not boxes", _call(boxes=torch.rand(3, 5)), r"boxes must be \[N, 4\], got \[3, 5\]"),
+    ErrorCase("one box", _call(boxes=torch.rand(4)), r"boxes must be \[N, 4\], got \[4\]"),
+    ErrorCase("N differs", _call(scores=torch.rand(4)), r"scores must be \[3\].*got \[4\]"),
+    ErrorCase("scores in a column", _call(scores=torch.rand(3, 1)), r"scores must be \[3\].*got \[3, 1\]"),
+    ErrorCase("dtypes mixed", _call(scores=torch.rand(3).half()), r"scores must have .* float32, got float16"),
+    ErrorCase("integers", _call(boxes=torch.ones(3, 4).long()), r"bfloat16, got int64"),
+    ErrorCase("IoU threshold over 1", _call(iou_threshold=1.5), r"iou_threshold must be in \[0, 1\], got 1.5"),
+    ErrorCase("IoU threshold NaN", _call(iou_threshold=math.nan), r"iou_threshold must be in \[0, 1\], got nan"),
+    ErrorCase("zero sigma", _call(sigma=0.0), r"sigma must be positive, got 0"),
+    ErrorCase("NaN sigma", _call(sigma=math.nan), r"sigma must be positive, got nan"),
+    ErrorCase("NaN score threshold", _call(score_threshold=math.nan), r"score_threshold must be a number, got nan"),
+    ErrorCase("unknown method", _call(method="cosine"), r"method must be 'linear' or 'gaussian', got 'cosine'"),
+]
+
+SOFT_NMS = Op(
+    name="soft_nms",
+    op=ops.soft_nms,
+    reference=reference.soft_nms,
+    schema="soft_nms",
+    cases=CASES,
+    errors=ERRORS,
+    tolerance=TOLERANCE,
+    agrees=_agrees,
+    capturable=False,
+)
+
+SOFT_NMS_PADDED = Op(
+    name="soft_nms_padded",
+    op=ops.soft_nms_padded,
+    reference=reference.soft_nms_padded,
+    schema="soft_nms_padded",
+    cases=CASES,
+    errors=ERRORS,
+    tolerance=TOLERANCE,
+    agrees=_agrees,
+)
+
+OPS = [SOFT_NMS, SOFT_NMS_PADDED]
