@@ -10,4 +10,15 @@ from ssd_ext.ops.matching import assign_targets, match
 from ssd_ext.ops.nms import batched_nms, nms, nms_padded
 from ssd_ext.ops.soft_nms import soft_nms, soft_nms_padded
 
-__all__ = ["assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded", "soft_nms", "soft_nms_padded"]
+__all__ = [
+    "assign_targets",
+    "batched_nms",
+    "box_iou",
+    "decode",
+    "encode",
+    "match",
+    "nms",
+    "nms_padded",
+    "soft_nms",
+    "soft_nms_padded",
+]

@@ -8,4 +8,16 @@ from ssd_ext.reference.matching import assign_targets, match
 from ssd_ext.reference.nms import batched_nms, nms, nms_padded
 from ssd_ext.reference.soft_nms import soft_nms, soft_nms_padded
 
-__all__ = ["area", "assign_targets", "batched_nms", "box_iou", "decode", "encode", "match", "nms", "nms_padded", "soft_nms", "soft_nms_padded"]
+__all__ = [
+    "area",
+    "assign_targets",
+    "batched_nms",
+    "box_iou",
+    "decode",
+    "encode",
+    "match",
+    "nms",
+    "nms_padded",
+    "soft_nms",
+    "soft_nms_padded",
+]

@@ -1,0 +1,100 @@
+"""What encode, decode and box_iou do beyond the generic suite."""
+
+import math
+
+import pytest
+import torch
+
+from ssd_ext import ops
+
+
+def ulps(result, exact):
+    """The largest error in units of the last place of the result's dtype, where that is a normal number."""
+    rounded = exact.to(result.dtype)
+    spacing = torch.nextafter(rounded.abs(), torch.full_like(rounded, math.inf)).double() - rounded.abs().double()
+    normal = torch.isfinite(rounded) & (rounded.abs() >= torch.finfo(result.dtype).tiny)
+    return ((result.double() - exact).abs() / spacing)[normal].max().item()
+
+
+def exp_by_decode(x):
+    """exp(x): the width of a unit prior scaled by e^x, with x1 = 0.5 - e^x / 2, so x2 - 0.5 is half of it."""
+    deltas = torch.zeros(len(x), 1, 4, dtype=x.dtype, device=x.device)
+    deltas[:, 0, 2] = x
+    prior = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=x.dtype, device=x.device)
+    return ops.decode(deltas, prior, (1.0, 1.0), math.inf)[:, 0, 2] * 2
+
+
+def log_by_encode(x):
+    boxes = torch.zeros(len(x), 1, 4, dtype=x.dtype, device=x.device)
+    boxes[:, 0, 2], boxes[:, 0, 3] = x, 1
+    prior = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=x.dtype, device=x.device)
+    return ops.encode(boxes, prior, (1.0, 1.0))[:, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "allowed"), [(torch.float32, -104, 89, 2), (torch.float64, -700, 709, 1)]
+)
+def test_exp_is_within_two_ulp(dtype, low, high, allowed, device):
+    x = torch.linspace(low, high, 1_000_003, dtype=dtype, device=device)
+    assert ulps(exp_by_decode(x), x.double().exp()) <= allowed
+
+
+def test_log_is_within_two_ulp(device):
+    everywhere = torch.linspace(-103, 88, 1_000_003, dtype=torch.float64, device=device).exp().float()
+    near_one = torch.linspace(0.5, 2, 1_000_003, device=device)
+    for x in (everywhere, near_one):
+        assert ulps(log_by_encode(x), x.double().log()) <= 2
+    x = torch.linspace(1e-9, 4, 1_000_003, dtype=torch.float64, device=device)
+    assert ulps(log_by_encode(x), x.log()) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_and_log_at_the_ends(dtype, device):
+    inf, nan = math.inf, math.nan
+    tiny = torch.finfo(dtype).smallest_normal
+    x = torch.tensor([nan, inf, -inf, 0.0, -0.0, 1e4, -1e4], dtype=dtype, device=device)
+    expected = torch.tensor([nan, inf, 0, 1, 1, inf, 0], dtype=dtype)
+    torch.testing.assert_close(exp_by_decode(x).cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    x = torch.tensor([nan, inf, 0.0, -1.0, 1.0, tiny, tiny / 8], dtype=dtype, device=device)
+    torch.testing.assert_close(log_by_encode(x).cpu(), x.cpu().log(), rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_encode_and_decode_are_inverse(generator):
+    priors = torch.rand(200, 4, generator=generator) + 0.1
+    deltas = torch.randn(3, 200, 4, generator=generator)
+    torch.testing.assert_close(ops.encode(ops.decode(deltas, priors), priors), deltas, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_bounds_the_size():
+    priors = torch.tensor([[0.5, 0.5, 0.1, 0.1]])
+    deltas = torch.tensor([[0.0, 0.0, 500.0, 500.0]])
+    size = ops.decode(deltas, priors)[0, 2:] - ops.decode(deltas, priors)[0, :2]
+    torch.testing.assert_close(size, torch.full((2,), 0.1 * 1000 / 16))
+    assert torch.isinf(ops.decode(deltas * 10, priors, clip=math.inf)).any()
+
+
+def test_half_computes_in_float32(generator):
+    priors = torch.rand(50, 4, generator=generator) + 0.1
+    deltas = torch.randn(2, 50, 4, generator=generator)
+    for dtype in (torch.float16, torch.bfloat16):
+        d, p = deltas.to(dtype), priors.to(dtype)
+        assert torch.equal(ops.decode(d, p), ops.decode(d.float(), p.float()).to(dtype))
+
+
+@pytest.mark.parametrize("op", [ops.encode, ops.decode])
+def test_priors_have_no_gradient(op):
+    rows = torch.rand(2, 3, 4).sort(-1).values.requires_grad_()
+    priors = (torch.rand(3, 4) + 0.1).requires_grad_()
+    with pytest.raises(RuntimeError, match="has no gradient for priors"):
+        op(rows, priors).sum().backward()
+
+
+def test_iou_has_no_gradient():
+    a = torch.rand(3, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="box_iou is not differentiable: use a loss"):
+        ops.box_iou(a, torch.rand(2, 4)).sum().backward()
+
+
+def test_iou_of_boxes_too_large_for_their_dtype_is_zero(device):
+    boxes = torch.tensor([[-3e38, -3e38, 3e38, 3e38], [0, 0, 1, 1]], device=device)
+    assert torch.equal(ops.box_iou(boxes, boxes).cpu(), torch.tensor([[0.0, 0.0], [0.0, 1.0]]))

@@ -1,0 +1,96 @@
+"""What nms, batched_nms and nms_padded do beyond the generic suite."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.cases.inputs import detector_candidates
+from ssd_ext import ops, reference
+
+coordinate = st.integers(-2, 6)
+grid_box = st.tuples(coordinate, coordinate, coordinate, coordinate)
+score = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 1.0, math.inf, math.nan])
+candidate = st.tuples(grid_box, score, st.sampled_from([-5, 0, 7, 2**40]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(candidate, max_size=60), st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]))
+def test_agrees_with_reference_on_ties(candidates, threshold):
+    boxes = torch.tensor([c[0] for c in candidates], dtype=torch.float32).reshape(-1, 4)
+    scores = torch.tensor([c[1] for c in candidates], dtype=torch.float32)
+    idxs = torch.tensor([c[2] for c in candidates], dtype=torch.int64)
+    double = boxes.double(), scores.double()
+    assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(*double, threshold))
+    expected = reference.batched_nms(*double, idxs, threshold)
+    assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
+    keep, count = ops.nms_padded(boxes, scores, threshold, idxs)
+    assert torch.equal(keep[:count], expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(width=32, allow_nan=True, allow_infinity=True)] * 5), max_size=80))
+def test_any_number_is_safe(rows):
+    rows = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+    keep = ops.nms(rows[:, :4], rows[:, 4], 0.5)
+    assert torch.equal(keep, reference.nms(rows[:, :4], rows[:, 4], 0.5))
+
+
+def test_class_ids_above_what_half_holds(device):
+    """torchvision shifts coordinates by class, which overflows in half: ids are compared here."""
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]], device=device).repeat(3, 1).half()
+    scores = torch.tensor([0.9, 0.8, 0.7], device=device).half()
+    idxs = torch.tensor([65505, 65504, 65505], device=device)
+    assert ops.batched_nms(boxes, scores, idxs, 0.5).tolist() == [0, 1]
+
+
+def test_threshold_is_exclusive():
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]])
+    scores = torch.tensor([0.9, 0.8])
+    assert ops.nms(boxes, scores, 0.5).tolist() == [0, 1]
+    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
+    assert ops.nms(boxes, scores, below).tolist() == [0]
+
+
+def test_nan_scores_are_dropped_and_nan_boxes_suppress_nothing():
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]] * 4)
+    boxes[1, 0] = math.nan
+    scores = torch.tensor([math.nan, 0.9, 0.8, 0.7])
+    assert ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
+
+
+def test_equal_scores_keep_the_lowest_index():
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]] * 5)
+    assert ops.nms(boxes, torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0]), 0.5).tolist() == [0]
+
+
+def test_a_chain_is_resolved_in_order():
+    """Each box overlaps only its neighbours: every second one stays."""
+    x = torch.arange(1000.0)
+    boxes = torch.stack([x, torch.zeros(1000), x + 2, torch.ones(1000)], 1)
+    scores = 1 - x / 2000
+    assert torch.equal(ops.nms(boxes, scores, 0.3), torch.arange(0, 1000, 2))
+
+
+@pytest.mark.slow
+def test_more_boxes_than_a_bitmask_could_hold(device, generator):
+    boxes, scores = detector_candidates(100_000, generator, per_object=1000)
+    keep = ops.nms(boxes.to(device), scores.to(device), 0.3)
+    assert torch.equal(keep.cpu(), reference.nms(boxes, scores, 0.3))
+
+
+@pytest.mark.slow
+def test_cells_of_boxes_change_nothing(generator):
+    """Sizes over six decades, clusters, and boxes far outside the rest."""
+    boxes, scores = detector_candidates(8000, generator)
+    scale = 10.0 ** torch.randint(-3, 4, (8000, 1), generator=generator)
+    boxes = boxes * scale
+    boxes[::97] += 1e6
+    boxes[5, 0], boxes[6, 3], boxes[7] = math.nan, math.inf, -boxes[7]
+    for threshold in (0.0, 0.3, 0.9):
+        assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(boxes, scores, threshold))
+        idxs = (torch.arange(8000) % 5 == 0).long()
+        expected = reference.batched_nms(boxes, scores, idxs, threshold)
+        assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
