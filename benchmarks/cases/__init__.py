@@ -1,5 +1,5 @@
 """Every op's description; tests and benchmarks iterate over ``OPS``."""
 
-from benchmarks.cases import boxes
+from benchmarks.cases import boxes, mining
 
-OPS = [op for room in (boxes,) for op in room.OPS]
+OPS = [op for room in (boxes, mining) for op in room.OPS]

@@ -72,14 +72,24 @@ inline __attribute__((always_inline)) bool any(Mask m) {
   return mask_bits(m) != 0;
 }
 
-// Boxes in two vectors, as they lie in memory, against their two halves. With box k's four values
-// (a, b, c, d), `first` holds the pairs (a, b) of all boxes and `second` the pairs (c, d), both in
-// one order; so the arithmetic between is the same in every lane.
+// The values at even and at odd places of two vectors, in order.
 template <class V>
 struct Halves {
   V first, second;
 };
 
+template <class V, int... I>
+inline __attribute__((always_inline)) Halves<V> even_and_odd_of(V v0, V v1, std::integer_sequence<int, I...>) {
+  return {__builtin_shufflevector(v0, v1, (2 * I)...), __builtin_shufflevector(v0, v1, (2 * I + 1)...)};
+}
+template <class V>
+inline __attribute__((always_inline)) Halves<V> even_and_odd(V v0, V v1) {
+  return even_and_odd_of(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(v0[0]))>{});
+}
+
+// Boxes in two vectors, as they lie in memory, against their two halves. With box k's four values
+// (a, b, c, d), `first` holds the pairs (a, b) of all boxes and `second` the pairs (c, d), both in
+// one order; so the arithmetic between is the same in every lane.
 template <class V, int... I>
 inline __attribute__((always_inline)) Halves<V> split_of(V v0, V v1, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);

@@ -6,5 +6,6 @@ wins a tie; the same input gives the same bits on every run, thread count and SI
 """
 
 from ssd_ext.ops.boxes import box_iou, decode, encode
+from ssd_ext.ops.mining import hard_negatives
 
-__all__ = ["box_iou", "decode", "encode"]
+__all__ = ["box_iou", "decode", "encode", "hard_negatives"]
