@@ -80,6 +80,20 @@ int64_t count_above(const I* keys, int64_t n, I bound) {
   return sum_of(count);
 }
 
+#if SSD_EXT_SIMD_LEVEL == 1
+struct PackOrder {  // byte j of of[bits]: the j-th set bit
+  uint64_t of[256] = {};
+  constexpr PackOrder() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int i = 0, j = 0; i < 8; ++i) {
+        if (bits >> i & 1) of[bits] |= uint64_t(i) << 8 * j++;
+      }
+    }
+  }
+};
+constexpr PackOrder kPackOrder;
+#endif
+
 // Copies the lanes of v where `mask` to the front of `to`, which has room for all; returns how many.
 template <class I>
 inline __attribute__((always_inline)) int64_t pack(I* to, Vec<I> v, Vec<I> mask) {
@@ -90,6 +104,12 @@ inline __attribute__((always_inline)) int64_t pack(I* to, Vec<I> v, Vec<I> mask)
   } else {
     store(to, bit_cast<Vec<I>>(_mm512_maskz_compress_epi64(bits, bit_cast<__m512i>(v))));
   }
+  return __builtin_popcount(bits);
+#elif SSD_EXT_SIMD_LEVEL == 1
+  // Lanes are moved as 32-bit words; a 64-bit lane is two of them.
+  const unsigned words = mask_bits(bit_cast<Vec<int32_t>>(mask));
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(kPackOrder.of[words]));
+  store(to, bit_cast<Vec<I>>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(v), order)));
   return __builtin_popcount(bits);
 #else
   int64_t n = 0;
@@ -145,14 +165,31 @@ Cut<I> find_cut(const Keys<I>& all, int64_t k, I* scratch) {
   return {low, from_low - above_high, k - above_high};
 }
 
+// The bools of one comparison, in the low bytes: byte i is lane i.
+template <class Mask>
+inline __attribute__((always_inline)) uint64_t bools_of(Mask m) {
+  static_assert(sizeof(m) / sizeof(m[0]) <= 8);
+  const uint64_t bit = (mask_bits(m) * 0x0101010101010101u) & 0x8040201008040201u;  // bit i of byte i, if lane i
+  return (bit + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
 template <class I>
 void mark_above(const I* keys, int64_t n, I bound, bool* mask) {
-  typedef int8_t Bytes __attribute__((vector_size(kLanes<I>)));
+  constexpr int64_t lanes = kLanes<I>;
+  const auto step = [&](int64_t i, int64_t count) {
+    const Vec<I> above = load<I>(keys + i) > bound;
+    if constexpr (lanes > 8) {
+      typedef int8_t Bools __attribute__((vector_size(lanes)));
+      const Bools bools = __builtin_convertvector(above, Bools) & 1;
+      memcpy(mask + i, &bools, count);
+    } else {
+      const uint64_t bools = bools_of(above);
+      memcpy(mask + i, &bools, count);
+    }
+  };
   int64_t i = 0;
-  for (; i < n; i += kLanes<I>) {
-    const Bytes marked = __builtin_convertvector(load<I>(keys + i) > bound, Bytes) & 1;
-    memcpy(mask + i, &marked, n - i < kLanes<I> ? n - i : kLanes<I>);
-  }
+  for (; i + lanes <= n; i += lanes) step(i, lanes);
+  if (i < n) step(i, n - i);
 }
 
 template <class I>
