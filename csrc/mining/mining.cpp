@@ -23,6 +23,9 @@ Mining check_mining(const char* op, const Arg& loss, const Arg& labels, double r
   check_shape(op, labels, {batch, num_priors}, ("of the shape of loss, " + shape_of(loss.tensor)).c_str());
   if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": ratio must be a finite number >= 0, got ", ratio);
   if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
+  if (is_cuda(loss.tensor) && num_priors > kMostPriorsCuda) {
+    raise(op, ": loss must have at most ", kMostPriorsCuda, " priors on CUDA, got ", shape_of(loss.tensor));
+  }
   return {batch, num_priors, ratio, min_negatives};
 }
 
