@@ -88,6 +88,12 @@ def test_every_bit_of_the_key_decides(n, share, device, generator):
     assert torch.equal(mask, reference.hard_negatives(loss, labels, min_negatives=wanted))
 
 
+def test_more_images_than_the_grid_has_blocks(device):
+    labels = torch.tensor([[1, 0, 0], [0, 0, 0]], device=device).repeat(550_000, 1)
+    mask = ops.hard_negatives(torch.zeros(labels.shape, device=device), labels, ratio=1.0)
+    assert torch.equal(mask, torch.tensor([[False, True, False], [False] * 3], device=device).repeat(550_000, 1))
+
+
 @pytest.mark.parametrize("last_bit", range(52))
 def test_float64_is_not_rounded(last_bit, device):
     larger = 1.0 + 2.0 ** -(last_bit + 1)
