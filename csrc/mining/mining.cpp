@@ -1,5 +1,6 @@
 #include "mining/mining.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 

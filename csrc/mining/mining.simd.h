@@ -65,12 +65,16 @@ Keys<IntOf<T>> make_keys(const T* loss, const int64_t* labels, int64_t n, IntOf<
     step(last_loss, last_labels, keys + i);
     i += lanes;
   }
-  Keys<I> made{keys, i, sum_of(zeros), i - sum_of(zeros) - sum_of(ignored), least[0], greatest[0]};
-  for (int64_t j = 1; j < lanes; ++j) {
-    if (least[j] < made.least) made.least = least[j];
-    if (greatest[j] > made.greatest) made.greatest = greatest[j];
-  }
-  return made;
+  // Copies, for an indexed vector would live in memory throughout the loop above.
+  I leasts[lanes], greatests[lanes];
+  store(leasts, least);
+  store(greatests, greatest);
+  return {keys,
+          i,
+          sum_of(zeros),
+          i - sum_of(zeros) - sum_of(ignored),
+          *std::min_element(leasts, leasts + lanes),
+          *std::max_element(greatests, greatests + lanes)};
 }
 
 template <class I>
