@@ -72,14 +72,24 @@ inline __attribute__((always_inline)) bool any(Mask m) {
   return mask_bits(m) != 0;
 }
 
-// Boxes in two vectors, as they lie in memory, against their two halves. With box k's four values
-// (a, b, c, d), `first` holds the pairs (a, b) of all boxes and `second` the pairs (c, d), both in
-// one order; so the arithmetic between is the same in every lane.
+// The values at even and at odd places of two vectors, in order.
 template <class V>
 struct Halves {
   V first, second;
 };
 
+template <class V, int... I>
+inline __attribute__((always_inline)) Halves<V> even_and_odd_of(V v0, V v1, std::integer_sequence<int, I...>) {
+  return {__builtin_shufflevector(v0, v1, (2 * I)...), __builtin_shufflevector(v0, v1, (2 * I + 1)...)};
+}
+template <class V>
+inline __attribute__((always_inline)) Halves<V> even_and_odd(V v0, V v1) {
+  return even_and_odd_of(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(v0[0]))>{});
+}
+
+// Boxes in two vectors, as they lie in memory, against their two halves. With box k's four values
+// (a, b, c, d), `first` holds the pairs (a, b) of all boxes and `second` the pairs (c, d), both in
+// one order; so the arithmetic between is the same in every lane.
 template <class V, int... I>
 inline __attribute__((always_inline)) Halves<V> split_of(V v0, V v1, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
@@ -103,22 +113,12 @@ inline __attribute__((always_inline)) void join(Halves<V> h, V& v0, V& v1) {
   join_of(h, v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
 }
 
-// Lanes 0, 2, 4, ... and 1, 3, 5, ... of two vectors laid end to end.
-template <class V, int... I>
-inline __attribute__((always_inline)) Halves<V> even_odd_of(V v0, V v1, std::integer_sequence<int, I...>) {
-  return {__builtin_shufflevector(v0, v1, (2 * I)...), __builtin_shufflevector(v0, v1, (2 * I + 1)...)};
-}
-template <class V>
-inline __attribute__((always_inline)) Halves<V> even_odd(V v0, V v1) {
-  return even_odd_of(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
-}
-
 // kLanes rows of a [n, 4] array as four columns.
 template <class T>
 inline __attribute__((always_inline)) CenterBox<Vec<T>> load_columns(const T* rows) {
-  const auto a = even_odd(load<T>(rows), load<T>(rows + kLanes<T>));
-  const auto b = even_odd(load<T>(rows + 2 * kLanes<T>), load<T>(rows + 3 * kLanes<T>));
-  const auto even = even_odd(a.first, b.first), odd = even_odd(a.second, b.second);
+  const auto a = even_and_odd(load<T>(rows), load<T>(rows + kLanes<T>));
+  const auto b = even_and_odd(load<T>(rows + 2 * kLanes<T>), load<T>(rows + 3 * kLanes<T>));
+  const auto even = even_and_odd(a.first, b.first), odd = even_and_odd(a.second, b.second);
   return {even.first, odd.first, even.second, odd.second};
 }
 

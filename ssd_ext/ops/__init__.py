@@ -7,6 +7,7 @@ wins a tie; the same input gives the same bits on every run, thread count and SI
 
 from ssd_ext.ops.boxes import box_iou, decode, encode
 from ssd_ext.ops.matching import assign_targets, match
+from ssd_ext.ops.mining import hard_negatives
 from ssd_ext.ops.nms import batched_nms, nms, nms_padded
 from ssd_ext.ops.soft_nms import soft_nms, soft_nms_padded
 
@@ -16,6 +17,7 @@ __all__ = [
     "box_iou",
     "decode",
     "encode",
+    "hard_negatives",
     "match",
     "nms",
     "nms_padded",

@@ -5,6 +5,7 @@ Same names, arguments and results. Nothing here imports the extension.
 
 from ssd_ext.reference.boxes import area, box_iou, decode, encode
 from ssd_ext.reference.matching import assign_targets, match
+from ssd_ext.reference.mining import hard_negatives
 from ssd_ext.reference.nms import batched_nms, nms, nms_padded
 from ssd_ext.reference.soft_nms import soft_nms, soft_nms_padded
 
@@ -15,6 +16,7 @@ __all__ = [
     "box_iou",
     "decode",
     "encode",
+    "hard_negatives",
     "match",
     "nms",
     "nms_padded",

@@ -1,0 +1,44 @@
+"""Hard-negative mining: hard_negatives."""
+
+import torch
+from torch import Tensor
+
+from ssd_ext.ops._library import autocast_to_float32, no_gradient
+
+
+def hard_negatives(loss: Tensor, labels: Tensor, ratio: float = 3.0, min_negatives: int = 0) -> Tensor:
+    """Mark the negatives of largest loss in each image, in proportion to its positives.
+
+    Per image, ``k = min(max(floor(ratio * positives), min_negatives), negatives)`` negatives are marked.
+
+    Args:
+        loss: ``[B, P]`` loss of each prior, usually the cross-entropy. float32, float64, float16 or
+            bfloat16. A NaN counts as the largest, so that a broken row shows in the loss.
+        labels: ``[B, P]`` int64, same device: positive (> 0), negative (0, background) or ignored
+            (< 0, neither counted nor marked).
+        ratio: negatives for each positive; finite, not negative.
+        min_negatives: marked in every image as far as there are, even in one without positives.
+
+    Returns:
+        ``[B, P]`` bool, true for the marked negatives alone: the priors that train the classifier are
+        ``mask | (labels > 0)``. Of equal losses (all NaNs, or -0 and 0) the lowest prior is marked.
+
+    Not differentiable: the mask carries no gradient, and ``loss`` may require one.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, a ratio that is negative or not finite, negative
+            ``min_negatives``.
+
+    Source: Liu et al., SSD (2016), section 2.2, hard negative mining; torchvision's
+    ``SSD.compute_loss``, which marks a positive again as a negative when negatives run out.
+    """
+    return torch.ops.ssd_ext.hard_negatives(loss, labels, ratio, min_negatives)
+
+
+@torch.library.register_fake("ssd_ext::hard_negatives")
+def _(loss, labels, ratio, min_negatives):
+    return torch.empty(loss.shape, dtype=torch.bool, device=loss.device)
+
+
+no_gradient("hard_negatives")
+autocast_to_float32("hard_negatives")
