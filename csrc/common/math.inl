@@ -71,11 +71,19 @@ SSD_EXT_HD V pow2(IntOf<V> k) {
   }
 }
 
-// p * 2^k in two steps, so that denormal and infinite results round as they should.
+// p * 2^n for a whole number n near 1.5 * 2^m in `magic`: n = shifted - magic. In two steps, so that
+// denormal and infinite results are rounded once; AVX-512 has an instruction that does the same.
 template <class V>
-SSD_EXT_HD V scale(V p, IntOf<V> k) {
-  const IntOf<V> half = k >> 1;
-  return p * pow2<V>(half) * pow2<V>(k - half);
+SSD_EXT_HD V scale(V p, V shifted, ScalarOf<V> magic) {
+#if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64 && sizeof(magic) == 4) {
+    return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(shifted - magic)));
+  } else if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_scalef_pd(bit_cast<__m512d>(p), bit_cast<__m512d>(shifted - magic)));
+  }
+#endif
+  const IntOf<V> n = bit_cast<IntOf<V>>(shifted) - bit_cast<IntOf<ScalarOf<V>>>(magic), half = n >> 1;
+  return p * pow2<V>(half) * pow2<V>(n - half);
 }
 
 // Degree-5 minimax polynomial after Cody-Waite reduction (Cephes expf).
@@ -91,7 +99,7 @@ SSD_EXT_HD V exp_f32(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return scale<V>(p, bit_cast<IntOf<V>>(z) - bit_cast<int32_t>(magic));
+  return scale<V>(p, z, magic);
 }
 
 // Remez approximation of r * (exp(r) + 1) / (exp(r) - 1) (fdlibm e_exp.c).
@@ -110,7 +118,7 @@ SSD_EXT_HD V exp_f64(V x) {
   p = p * t + 1.66666666666666019037e-01;
   const V c = r - t * p;
   const V y = 1.0 - ((lo - (r * c) / (2.0 - c)) - hi);
-  return scale<V>(y, bit_cast<IntOf<V>>(z) - bit_cast<int64_t>(magic));
+  return scale<V>(y, z, magic);
 }
 
 // Cephes logf on m in [sqrt(1/2), sqrt(2)).

@@ -72,6 +72,19 @@ inline __attribute__((always_inline)) bool any(Mask m) {
   return mask_bits(m) != 0;
 }
 
+// mask_bits(a > b), without the detour by a vector that GCC 12 makes on AVX-512.
+template <class V>
+inline __attribute__((always_inline)) unsigned greater_bits(V a, V b) {
+#if SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_GT_OQ);
+  } else if constexpr (std::is_same_v<V, Vec<double>>) {
+    return _mm512_cmp_pd_mask(bit_cast<__m512d>(a), bit_cast<__m512d>(b), _CMP_GT_OQ);
+  }
+#endif
+  return mask_bits(a > b);
+}
+
 // The values at even and at odd places of two vectors, in order.
 template <class V>
 struct Halves {

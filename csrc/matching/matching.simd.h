@@ -162,7 +162,7 @@ void match_blocks(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const 
         for (int v = 0; v < vectors; ++v) {
           const int64_t p = p0 + v * kLanes<T>;
           const V inter = intersection(box, load_boxes(priors.corners, p));
-          if (!any(inter > zero)) continue;
+          if (!greater_bits(inter, zero)) continue;
           const V value = iou_from(inter, gt_area, load<T>(priors.corners.areas + p));
           const auto better = value > best_iou[v];
           best_iou[v] = better ? value : best_iou[v];

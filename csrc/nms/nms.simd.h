@@ -109,7 +109,7 @@ class KeptBoxes {
       // No intersection with the cell's boxes exceeds the one with their hull, nor their largest sides.
       const V wide = min_of(min_of(box.box.x2, bound(2)) - max_of(box.box.x1, bound(0)), min_of(w, bound(4)));
       const V tall = min_of(min_of(box.box.y2, bound(3)) - max_of(box.box.y1, bound(1)), min_of(h, bound(5)));
-      for (unsigned near = mask_bits(max_of(wide, V{}) * tall > box.share + bound(6)); near; near &= near - 1) {
+      for (unsigned near = greater_bits(max_of(wide, V{}) * tall, box.share + bound(6)); near; near &= near - 1) {
         const int64_t cell = b + __builtin_ctz(near);
         if (cell != bucket && suppressed_in(cell, box)) return true;
       }
@@ -151,9 +151,9 @@ class KeptBoxes {
                         load<T>(columns_[3] + i)};
       const V w = min_of(kept.x2, query.box.x2) - max_of(kept.x1, query.box.x1);
       const V h = min_of(kept.y2, query.box.y2) - max_of(kept.y1, query.box.y1);
-      if (any(max_of(w, V{}) * h > query.share + load<T>(columns_[5] + i))) {
+      if (greater_bits(max_of(w, V{}) * h, query.share + load<T>(columns_[5] + i))) {
         const V exact = iou_from(intersection(kept, query.box), load<T>(columns_[4] + i), query.area);
-        if (any(exact > splat<V>(threshold_))) return true;
+        if (greater_bits(exact, splat<V>(threshold_))) return true;
       }
     }
     return false;
