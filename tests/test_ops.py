@@ -185,6 +185,8 @@ def test_captures_in_a_cuda_graph_without_host_sync(op, case, generator):
         op.op(**inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    if any(isinstance(value, list) for value in inputs.values()):
+        return  # a list's lengths come from the host: for a graph there is (boxes, offsets)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = op.op(**inputs)

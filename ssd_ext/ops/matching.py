@@ -29,8 +29,9 @@ def match(
     Args:
         gt_boxes: corners ``(x1, y1, x2, y2)``: a list of ``[G_b, 4]`` tensors, one an image (``[0]``
             counts as none), or ``(boxes[G, 4], offsets[B + 1])``, where image ``b`` owns the rows
-            ``offsets[b]`` up to ``offsets[b + 1]`` (int64, same device). float32, float64, float16
-            or bfloat16; the halves compute in float32.
+            ``offsets[b]`` up to ``offsets[b + 1]`` (int64, same device; the form for a CUDA graph,
+            since a list's lengths are copied from the host). float32, float64, float16 or bfloat16;
+            the halves compute in float32.
         priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, in the units, dtype and device of
             ``gt_boxes``.
         iou_threshold: matched from here (``>=``).
