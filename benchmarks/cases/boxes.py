@@ -129,6 +129,7 @@ DECODE = Op(
     ],
     peers={"torchvision": _torchvision_coder("decode_single")},
     differentiable=("deltas",),
+    scaling=lambda batch: {"deltas": _deltas((batch,), 8732, torch.Generator()), "priors": ssd300_priors()},
 )
 
 

@@ -64,6 +64,7 @@ class Op:
     bytes_moved: Callable[[Inputs, Any], int] | None = None  # least traffic; default: inputs + outputs
     differentiable: tuple[str, ...] = ()  # arguments with a gradient
     capturable: bool = True  # in a CUDA graph
+    scaling: Callable[[int], Inputs] | None = None  # inputs for a batch of that size: `run.py --scaling`
 
     def traffic(self, inputs: Inputs, result: Any) -> int:
         """Bytes that must be read and written at the least."""

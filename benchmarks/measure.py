@@ -1,0 +1,174 @@
+"""Checks and times every contender of an op on one case."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.cases.spec import Call, Case, Inputs, MissingPeerError, Op, convert
+from benchmarks.timing import Clock, Timing, alternate
+
+OURS, REFERENCE, COMPILED = "ssd_ext", "reference", "torch.compile"
+SEED = 20
+
+Contenders = dict[str, Callable[[Inputs], Call]]  # name -> f(inputs) -> a call
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure."""
+
+    seconds: float = 4.0  # a case, all contenders together
+    rounds: int = 7  # of alternation at the least
+    slow: float = 2.0  # a contender that takes longer is timed once, by the call that is checked
+    compile_limit: float = 120.0  # seconds for torch.compile
+
+
+class TooSlowError(BaseException):
+    """Raised inside torch.compile, which would swallow an Exception."""
+
+
+def contenders_of(op: Op, case: Case, plan: Plan, compiled: bool = True) -> Contenders:
+    """Everybody who can run ``op``: ours, the reference, the reference compiled, the peers."""
+    contenders: Contenders = {
+        OURS: lambda inputs: partial(op.op, **inputs),
+        REFERENCE: lambda inputs: partial(op.reference, **inputs),
+    }
+    if compiled:
+        contenders[COMPILED] = partial(_compile_reference, op, plan.compile_limit)
+    return contenders | {name: make if case.peers else _refuse_case for name, make in op.peers.items()}
+
+
+def _refuse_case(inputs: Inputs) -> Call:
+    raise MissingPeerError("has no such case (see its description)")
+
+
+def _compile_reference(op: Op, limit: float, inputs: Inputs) -> Call:
+    torch.compiler.reset()  # each case is compiled for its own shapes
+    compiled = torch.compile(op.reference, dynamic=False)
+    try:
+        with _time_limit(limit):
+            for _ in range(2):  # graph breaks may compile the rest on the second call
+                compiled(**inputs)
+    except TooSlowError:
+        raise MissingPeerError(f"gave up compiling after {limit:.0f} s") from None
+    return partial(compiled, **inputs)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TooSlowError inside the block after ``seconds``; signals reach the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_):
+        raise TooSlowError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(
+    op: Op,
+    case: Case,
+    contenders: Contenders,
+    clock: Clock,
+    plan: Plan,
+    memory_rate: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """One result as ``run.py --json`` writes it (see its docstring): check all, then time who is right."""
+    say("reference in float64")
+    made = case.make(torch.Generator().manual_seed(SEED))
+    inputs = convert(made, device=clock.device)
+    with torch.no_grad():
+        expected = op.reference(**convert(made, torch.float64))
+        rows, calls = {}, {}
+        for name, make in contenders.items():
+            say(name)
+            rows[name], call, result = _check(op, made, inputs, make, expected, clock, plan)
+            if call:
+                calls[name] = call
+            if name == OURS and result is not None:
+                least_bytes = op.traffic(inputs, result)
+        say("timing")
+        timings = alternate(calls, clock, plan.seconds, plan.rounds) if calls else {}
+    for name, timing in timings.items():
+        rows[name] |= _figures(timing)
+    result = {"op": op.name, "case": case.name, "contenders": [{"name": name} | row for name, row in rows.items()]}
+    if "median_ms" in rows.get(OURS, {}):
+        result |= _compare(rows, least_bytes, memory_rate)
+    return result
+
+
+def _check(op, made, inputs, make, expected, clock, plan) -> tuple[dict[str, Any], Call | None, Any]:
+    """A contender's row, its call where it is to be timed, its result where that is right."""
+    try:
+        call = make(inputs)
+        before = perf_counter()
+        result = call()
+        if clock.device == "cuda":
+            torch.cuda.synchronize()
+        took = perf_counter() - before
+        wrong = op.mismatch(made, convert(result, device="cpu"), expected)
+    except (MissingPeerError, ImportError) as e:
+        return {"status": "missing", "note": str(e)}, None, None
+    except Exception as e:
+        return {"status": "failed", "note": f"{type(e).__name__}: {e}"}, None, None
+    if wrong:
+        return {"status": "wrong", "note": wrong}, None, None
+    if took > plan.slow:
+        return {"status": "once"} | _figures(Timing([took])), None, result
+    return {"status": "timed"}, call, result
+
+
+def _figures(timing: Timing) -> dict[str, Any]:
+    return {
+        "median_ms": timing.median * 1e3,
+        "spread": timing.spread,
+        "samples": len(timing.seconds),
+        "dropped": timing.dropped,
+        "disturbed": timing.disturbed,
+    }
+
+
+def _compare(rows: dict[str, dict[str, Any]], least_bytes: int, memory_rate: float | None) -> dict[str, Any]:
+    """Ours against the others; above 1 ours is faster."""
+    medians = {name: row["median_ms"] for name, row in rows.items() if "median_ms" in row}
+    ours = medians.pop(OURS)
+    rate = least_bytes / (ours * 1e-3)
+    best = min(medians, key=medians.get, default=None)
+    return {
+        "bytes": least_bytes,
+        "gb_per_s": rate * 1e-9,
+        "memory_share": rate / memory_rate if memory_rate else None,
+        "ratios": {name: median / ours for name, median in medians.items()},
+        "best_peer": best,
+    }
+
+
+def measure_scaling(
+    op: Op, clock: Clock, plan: Plan, batches: list[int], say=lambda text: None
+) -> list[dict[str, Any]]:
+    """Ours over batch sizes, each checked against the float64 reference like any case."""
+    results = []
+    for batch in batches:
+        case = Case(f"B={batch}", lambda g, batch=batch: op.scaling(batch))
+        ours = {OURS: lambda inputs: partial(op.op, **inputs)}
+        (row,) = measure(op, case, ours, clock, plan, say=lambda text, b=batch: say(f"B={b}: {text}"))["contenders"]
+        results.append({"batch": batch} | row)
+    return results

@@ -1,0 +1,139 @@
+"""The benchmark's tables, for a terminal of 110 columns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from benchmarks.measure import OURS, REFERENCE
+
+WIDTH = 110
+# heading, width; the first two columns are left-aligned
+COLUMNS = (
+    ("case", 19),
+    ("contender", 14),
+    ("median ms ", 10),
+    ("spread", 7),
+    ("x reference ", 12),
+    (f"{OURS} is ", 11),
+    ("x best peer ", 12),
+    ("GB/s", 6),
+    ("of memory", 9),
+)
+
+
+def number(x: float) -> str:
+    """Three significant digits, never an exponent: 0.0123, 1.23, 12.3, 1234."""
+    digits = 2 - math.floor(math.log10(x)) if x > 0 else 0
+    return f"{x:.{max(0, digits)}f}"
+
+
+def ratio(x: float) -> str:
+    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f}x"
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    return number(row["median_ms"]) + ("~" if row["disturbed"] else "")
+
+
+def faster(row: dict[str, Any], than: dict[str, Any]) -> str:
+    """How many times, with the mark of either."""
+    return ratio(than["median_ms"] / row["median_ms"]) + ("~" if row["disturbed"] or than["disturbed"] else "")
+
+
+def _pad(figure: str) -> str:
+    """A blank where the mark would stand, so that figures align."""
+    return figure if not figure or figure.endswith("~") else figure + " "
+
+
+def _line(cells: list[str]) -> str:
+    aligned = [f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, (_, w)) in enumerate(zip(cells, COLUMNS, strict=False))]
+    return ("  " + " ".join(aligned)).rstrip()
+
+
+def _shorten(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def op_table(name: str, results: list[dict[str, Any]]) -> str:
+    """One op: a block of lines for each case, a line for each contender."""
+    lines = [name, _line([heading for heading, _ in COLUMNS])]
+    for result in results:
+        label = _shorten(result["case"], COLUMNS[0][1])
+        for row in result["contenders"]:
+            lines.append(_contender(label, row, result))
+            label = ""
+    return "\n".join(lines)
+
+
+def _contender(label: str, row: dict[str, Any], result: dict[str, Any]) -> str:
+    start = [label, row["name"]]
+    if "median_ms" not in row:
+        text = {"wrong": "WRONG", "missing": "left out", "failed": "FAILED"}[row["status"]] + f": {row['note']}"
+        line = _line(start)
+        indent = 2 + sum(width + 1 for _, width in COLUMNS[:2])
+        return f"{line:<{indent}}  {_shorten(text, WIDTH - indent - 2)}"
+    spread = "1 call" if row["status"] == "once" else f"{row['spread']:.0%}"
+    rows = {r["name"]: r for r in result["contenders"] if "median_ms" in r}
+    cells = [*start, _pad(milliseconds(row)), spread]
+    cells.append(_pad(faster(row, rows[REFERENCE])) if REFERENCE in rows else "")
+    if row["name"] != OURS:
+        return _line([*cells, _pad(faster(rows[OURS], row)) if OURS in rows else ""])
+    best, share = result["best_peer"], result["memory_share"]
+    cells += ["", _pad(faster(row, rows[best])) if best else ""]
+    return _line([*cells, number(result["gb_per_s"]), f"{share:.0%}" if share else ""])
+
+
+LEGEND = f"""\
+reference: plain PyTorch, {OURS}.reference. torch.compile: the same, compiled for these very shapes.
+x reference: how many times faster than the reference. {OURS} is: how many times faster than that line.
+x best peer: than the fastest of all other lines. spread: interquartile range over median.
+GB/s: the least bytes that the op must read and write, over its time. of memory: of the copy rate below;
+over 100% where the data stay in caches.
+~: other programs took CPU time all along; such a figure is not to be quoted."""
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """One line for each op and case: ours and the best of the others."""
+    lines = [
+        "Summary",
+        f"  {'op':<16} {'case':<20} {OURS + ' ms ':>12} {'best peer':>15} {'its ms ':>10} {'ratio ':>9}",
+    ]
+    for result in results:
+        start = f"  {result['op']:<16} {result['case']:<20}"
+        rows = {row["name"]: row for row in result["contenders"]}
+        best = result.get("best_peer")
+        if "median_ms" not in rows[OURS]:
+            lines.append(f"{start} {rows[OURS]['status'].upper()}")
+        elif best is None:
+            lines.append(f"{start} {_pad(milliseconds(rows[OURS])):>12} {'none':>15}")
+        else:
+            figures = f"{best:>15} {_pad(milliseconds(rows[best])):>10} {_pad(faster(rows[OURS], rows[best])):>9}"
+            lines.append(f"{start} {_pad(milliseconds(rows[OURS])):>12} {figures}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def scaling_table(name: str, rows: list[dict[str, Any]]) -> str:
+    """Cost over the batch size; the last column is flat where it grows linearly."""
+    lines = [f"{name} over the batch", f"  {'B':>5} {'median ms ':>10} {'spread':>8} {'ms / image':>11}"]
+    for row in rows:
+        if "median_ms" not in row:
+            lines.append(f"  {row['batch']:>5} {row['status'].upper()}: {_shorten(row['note'], WIDTH - 20)}")
+            continue
+        each = number(row["median_ms"] / row["batch"])
+        lines.append(f"  {row['batch']:>5} {_pad(milliseconds(row)):>10} {row['spread']:>8.0%} {each:>11}")
+    return "\n".join(lines)
+
+
+def conditions_text(conditions: dict[str, Any]) -> str:
+    """Two or three lines to quote with any figure."""
+    where = conditions["gpu"] or f"{conditions['cpu']}, {conditions['simd']}"
+    memory = f"memory copy {conditions['memory_gb_per_s']:.1f} GB/s"
+    versions = ", ".join(f"{name} {version or '(absent)'}" for name, version in conditions["versions"].items())
+    threads = f"{conditions['threads']} thread" + "s" * (conditions["threads"] != 1)
+    run = [f"commit {conditions['commit']}"] if conditions["commit"] else []
+    run += [conditions["date"], "quick" if conditions["quick"] else "full"]
+    if conditions["l2_flushed"] is not None:
+        run.append("L2 flushed before each call" if conditions["l2_flushed"] else "L2 not flushed")
+    return f"Conditions: {where}, {threads}, {memory}\n  {versions}\n  {', '.join(run)}"

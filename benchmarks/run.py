@@ -1,0 +1,255 @@
+"""Compares every op with plain PyTorch and with the best peers, on the cases of benchmarks/cases.
+
+Each contender's result is checked against the float64 reference before it is timed; a wrong one
+gets no speed, and the exit status is 1 where it is ours.
+
+``--json FILE`` writes::
+
+    {"conditions": {"device", "cpu", "gpu", "threads", "simd", "memory_gb_per_s", "versions": {name: version},
+                    "commit", "date", "quick", "l2_flushed"},       # null: unknown, or not of this device
+     "results": [
+       {"op": "decode", "case": "SSD300 B=8",
+        "contenders": [
+          {"name": "ssd_ext",          # or "reference", "torch.compile", a peer
+           "status": "timed",          # "once": slow, a single call; "wrong", "missing", "failed": no speed
+           "note": "...",              # what is wrong or missing
+           "median_ms": 0.1, "spread": 0.02, "samples": 900, "dropped": 30,
+           "disturbed": false}, ...],  # true: other programs took CPU time in nearly every turn
+        # where ours has a speed:
+        "bytes": 2375104,              # the least traffic
+        "gb_per_s": 23.7, "memory_share": 0.9,
+        "ratios": {"reference": 12.3, ...},   # the other's time over ours
+        "best_peer": "torchvision"}, ...],    # the fastest of all others
+     "scaling": [                      # with --scaling: {"op", "rows"}, results is empty
+       {"op": "decode", "rows": [{"batch": 1, "name": "ssd_ext", "status": "timed", "median_ms": ...}, ...]}]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import sys
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run as a script
+    del sys.path[0]
+    if not any((ROOT / "ssd_ext").glob("_C.*")):  # the tree is not built: take the installed package
+        pass
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks import report  # noqa: E402
+from benchmarks.cases import OPS  # noqa: E402
+from benchmarks.measure import OURS, Plan, contenders_of, measure, measure_scaling  # noqa: E402
+from benchmarks.timing import CpuClock, CudaClock, memory_rate  # noqa: E402
+from ssd_ext import _C  # noqa: E402
+
+QUICK = Plan(seconds=0.5, rounds=3, slow=0.5, compile_limit=60)
+BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    by_name = {op.name: op for op in OPS}
+    scalable = [name for name, op in by_name.items() if op.scaling]
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/run.py",
+        description="Compare ssd_ext's ops with plain PyTorch, torch.compile and the best peers: every result is "
+        "checked against the float64 reference, then all take turns in one process.",
+        epilog=f"ops: {', '.join(by_name)}",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    parser.add_argument(
+        "--ops", nargs="+", choices=by_name, metavar="NAME", default=list(by_name), help="only these ops (default: all)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        default=torch.get_num_threads(),
+        help="CPU threads, of ours and of the others (default: torch's choice, here %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="one or two cases an op and few rounds: about a minute")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument(
+        "--flush-l2",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on CUDA, overwrite the L2 cache before each call (default: yes)",
+    )
+    parser.add_argument(
+        "--scaling",
+        choices=scalable,
+        metavar="OP",
+        help=f"instead, time ours over B = 1, 2, 4 ... {BATCHES[-1]} (one of: {', '.join(scalable)})",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the conditions")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a .png or .svg (needs matplotlib)")
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What argparse cannot tell; before minutes of measuring."""
+    if args.threads < 1:
+        parser.error(f"argument --threads: must be at least 1, got {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device here")
+    if args.device == "cuda" and "cuda" not in _C.build_info():
+        parser.error("argument --device: ssd_ext was built without CUDA; rebuild with SSD_EXT_CUDA=ON")
+    if args.plot and args.scaling:
+        parser.error("argument --plot: not with --scaling, which has nobody to compare with")
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and not file.absolute().parent.is_dir():
+            parser.error(f"argument {option}: no such directory: {file.absolute().parent}")
+    if args.plot and args.plot.suffix not in (".png", ".svg"):
+        parser.error(f"argument --plot: must end in .png or .svg, got {args.plot}")
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("argument --plot: needs matplotlib (pip install '.[bench]')")
+
+
+def conditions(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+    cuda = args.device == "cuda"
+    return {
+        "device": args.device,
+        "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "threads": args.threads,
+        "simd": _C.simd_level(),
+        "memory_gb_per_s": rate * 1e-9,
+        "versions": {"torch": torch.__version__} | {name: _version(name) for name in ("torchvision", "onnxruntime")},
+        "commit": _commit(),
+        "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+        "quick": args.quick,
+        "l2_flushed": args.flush_l2 if cuda else None,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Progress:
+    """A bar on a terminal's stderr, where tqdm is installed; nothing elsewhere."""
+
+    def __init__(self, total: int):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self._bar = None
+        else:
+            self._bar = tqdm(total=total, disable=None, leave=False, unit="case", file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(text)
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def print(self, text: str) -> None:
+        """To stdout, and the bar not in its way."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+
+
+def compare(ops, args, clock, plan, rate) -> list[dict[str, Any]]:
+    """Measure and print op by op."""
+    chosen = [(op, [case for case in op.cases if case.benchmark and (case.quick or not args.quick)]) for op in ops]
+    results = []
+    with Progress(sum(len(cases) for _, cases in chosen)) as progress:
+        for op, cases in chosen:
+            done = []
+            for case in cases:
+                contenders = contenders_of(op, case, plan, args.compile)
+                say = lambda text, at=f"{op.name}, {case.name}": progress.say(f"{at}: {text}")  # noqa: E731
+                done.append(measure(op, case, contenders, clock, plan, rate, say))
+                progress.step()
+            if done:
+                progress.print(f"\n{report.op_table(op.name, done)}")
+            results += done
+    return results
+
+
+def scale(op, clock, plan) -> list[dict[str, Any]]:
+    with Progress(len(BATCHES)) as progress:
+        rows = measure_scaling(op, clock, plan, BATCHES, progress.say)
+    print(f"\n{report.scaling_table(op.name, rows)}")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    check_arguments(parser, args)
+    # What torch.compile has to say about a reference is not this program's to report.
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="torch")
+    torch.set_num_threads(args.threads)
+    clock = CudaClock(args.flush_l2) if args.device == "cuda" else CpuClock()
+    plan = QUICK if args.quick else Plan()
+
+    rate = memory_rate(clock)
+    under = conditions(args, rate)
+    made = {"conditions": under, "results": []}
+    print(report.conditions_text(under), flush=True)
+    if args.scaling:
+        op = next(op for op in OPS if op.name == args.scaling)
+        rows = scale(op, clock, plan)
+        made["scaling"] = [{"op": op.name, "rows": rows}]
+        ours = rows
+    else:
+        results = made["results"] = compare([op for op in OPS if op.name in args.ops], args, clock, plan, rate)
+        print(f"\n{report.LEGEND}\n\n{report.summary(results)}\n\n{report.conditions_text(under)}")
+        ours = [row for result in results for row in result["contenders"] if row["name"] == OURS]
+
+    if args.json:
+        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    if args.plot:
+        from benchmarks.plot import draw
+
+        draw(made, args.plot)
+    return int(any(row["status"] in ("wrong", "failed", "missing") for row in ours))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
