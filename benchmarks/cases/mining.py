@@ -173,6 +173,7 @@ HARD_NEGATIVES = Op(
         ErrorCase("negative count", _call(min_negatives=-1), r"min_negatives must be >= 0, got -1"),
     ],
     peers={"torch.topk": _torch_topk, "double sort": _double_sort},
+    scaling=lambda batch: _ssd300(batch).make(torch.Generator().manual_seed(batch)),
 )
 
 OPS = [HARD_NEGATIVES]
