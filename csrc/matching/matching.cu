@@ -35,14 +35,18 @@ struct Workspace {
   }
 };
 
-// Rows of image b, clamped so that no offset leads out of bounds.
+// Rows of image b, for all threads of a block to call together. From the first offset that falls or
+// leaves 0 .. total on, images have no rows: so none leads out of bounds, and no two images share a row.
 struct Rows {
   int64_t begin, count;
 };
 __device__ __forceinline__ Rows rows_of(const int64_t* __restrict__ offsets, int64_t b, int64_t total) {
-  const int64_t begin = offsets[b] < 0 ? 0 : offsets[b] > total ? total : offsets[b];
-  const int64_t end = offsets[b + 1] > total ? total : offsets[b + 1];
-  return {begin, end > begin ? end - begin : 0};
+  const int64_t begin = offsets[b], end = offsets[b + 1];
+  bool bad = offsets[0] < 0 || end > total;
+#pragma unroll 1  // unrolled, it would hold twice the registers for a loop that rarely comes round
+  for (int64_t i = threadIdx.x; i <= b; i += kThreads) bad |= offsets[i + 1] < offsets[i];
+  if (__syncthreads_or(bad)) return {0, 0};
+  return {begin, end - begin};
 }
 
 template <class T>
