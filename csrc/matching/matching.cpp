@@ -29,7 +29,8 @@ Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, cons
   check_long(op, {"offsets", offsets}, boxes);
   check_shape(op, {"offsets", offsets}, {kAny}, "[B + 1]");
   const int64_t gts = gt_boxes.size(0);
-  if (offsets.size(0) < 1) raise(op, ": offsets must be [B + 1], got [0]");
+  const int64_t images = offsets.size(0) - 1;
+  if (images < 0) raise(op, ": offsets must be [B + 1], got [0]");
   if (gt_labels) {
     check_long(op, {"gt_labels", *gt_labels}, boxes);
     check_shape(op, {"gt_labels", *gt_labels}, {gts}, "[G], one for each of gt_boxes");
@@ -41,16 +42,17 @@ Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, cons
   }
   if (force < 0 || force > 2) raise(op, ": force must be 0 (none), 1 (last) or 2 (bipartite), got ", force);
   check_variances(op, variances);
-  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 64;
+  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 1024;  // kernels step beyond the end
   if (priors.size(0) > most) raise(op, ": at most ", most, " priors, got ", priors.size(0));
   if (gts > most) raise(op, ": at most ", most, " ground truths, got ", gts);
+  if (images > most) raise(op, ": at most ", most, " images, got ", images);
   return {op,
           gt_boxes,
           offsets,
           priors,
           gt_labels,
           {iou_threshold, low_threshold, static_cast<Force>(force), variances[0], variances[1]},
-          {offsets.size(0) - 1, priors.size(0), gts}};
+          {images, priors.size(0), gts}};
 }
 
 void check_offsets(const Call& call, const int64_t* offsets) {

@@ -48,7 +48,7 @@ size_t workspace_bytes(DType dtype, const Sizes& sizes, Force force);
 
 void match_cuda(DType dtype, const void* gt_boxes,  // [G, 4] corners
                 const int64_t* gt_labels,           // [G], or nullptr when only matches are wanted
-                const int64_t* offsets,             // [B + 1]; out-of-range values are clamped
+                const int64_t* offsets,             // [B + 1]; none is matched from a bad one on (see rows_of)
                 const void* priors,                 // [P, 4] centre and size
                 const Outputs& out, const Sizes& sizes, const Rule& rule, void* workspace, Stream stream);
 

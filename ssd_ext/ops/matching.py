@@ -48,8 +48,9 @@ def match(
 
     Raises:
         ValueError: wrong shape, dtype or device; thresholds outside 0..1 or crossed; an unknown
-            ``force``; on the CPU, offsets that fall or do not cover ``gt_boxes``; with ``validate``,
-            a bad ground truth (names image, box and coordinates).
+            ``force``; on the CPU, offsets that fall or do not cover ``gt_boxes`` (on a
+            GPU, which is not waited for, images from the first offset that falls or leaves 0..G on
+            get no match); with ``validate``, a bad ground truth (names image, box and coordinates).
 
     Source: ``"bipartite"``: Liu et al., SSD (2016), section 2.2 "Matching strategy" and its Caffe code;
     ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``.
