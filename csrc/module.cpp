@@ -21,7 +21,11 @@ std::map<std::string, std::string> build_info() {
 #if defined(SSD_EXT_SANITIZE)
       {"sanitizers", "address,undefined"},
 #endif
+#if defined(__clang__)
       {"compiler", __VERSION__},
+#else
+      {"compiler", "GCC " __VERSION__},
+#endif
   };
 }
 

@@ -8,16 +8,19 @@ from importlib.metadata import version as _version
 
 import torch  # loads libtorch, which the extension module links to
 
-__version__ = _version("ssd_ext")
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    raise ImportError(f"ssd_ext needs torch 2.11 or newer, found {torch.__version__}", name=__name__)
 
-_torch = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-if _torch < (2, 11):
-    raise ImportError(f"ssd_ext {__version__} needs torch 2.11 or newer, found {torch.__version__}")
+try:
+    from ssd_ext import _C  # registers torch.ops.ssd_ext.*
+except ImportError as _error:
+    from ssd_ext._loading import why_not_loaded
 
-from ssd_ext import _C  # noqa: E402  (registers torch.ops.ssd_ext.*)
+    raise ImportError(why_not_loaded(_error, __path__[0]), name=__name__) from _error
 
 _C.simd_level()  # a wrong SSD_EXT_SIMD is told here, not inside the first op
 
 from ssd_ext import ops, priors, reference  # noqa: E402
 
+__version__ = _version("ssd_ext")
 __all__ = ["__version__", "ops", "priors", "reference"]

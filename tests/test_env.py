@@ -1,0 +1,70 @@
+"""The bug report, and the sentence for an extension that does not load."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ssd_ext
+from ssd_ext import _C
+from ssd_ext._loading import why_not_loaded
+from ssd_ext.env import covers, report
+
+
+def test_report_tells_the_build_and_the_machine(simd):
+    simd("baseline")
+    text = report()
+    info = _C.build_info()
+    facts = dict(line.split(":", 1) for line in text.splitlines())
+    assert facts["ssd_ext"].strip().startswith(ssd_ext.__version__)
+    assert facts["SIMD level"].strip().startswith("baseline")
+    assert torch.__version__ in facts["torch"]
+    assert info["torch_headers"] in facts["torch"]
+    assert facts["stable ABI"].strip() == "of torch 2.11.0"
+    assert facts["built with CUDA"].split(",")[0].strip() == ("yes" if "cuda" in info else "no")
+    assert ("architectures" in facts) == ("cuda" in info)
+    assert {"Python", "OS", "CPU", "threads", "torch's CUDA", "GPU", "compiler"} <= set(facts)
+
+
+@pytest.mark.slow
+def test_module_prints_it_and_names_a_forced_level():
+    env = {**os.environ, "SSD_EXT_SIMD": "baseline", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-m", "ssd_ext.env"], env=env, capture_output=True, text=True, check=True)
+    assert "baseline (forced by SSD_EXT_SIMD)" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "served"),
+    [
+        ("90-real", (9, 0), True),
+        ("90-real", (8, 0), False),
+        ("90-real", (10, 0), False),
+        ("80-real", (8, 6), True),  # a later minor version of the same major
+        ("86-real", (8, 0), False),
+        ("75-real,80-real,90", (12, 0), True),  # by PTX
+        ("90", (8, 9), False),
+        ("90a-real", (9, 0), True),
+        ("100a-real", (10, 3), False),
+        ("100f-real", (10, 3), True),
+        ("120f", (13, 0), False),
+    ],
+)
+def test_architectures_against_a_gpu(architectures, capability, served):
+    assert covers(architectures, capability) == served
+
+
+def test_why_not_loaded(tmp_path):
+    package = tmp_path / "ssd_ext"
+    package.mkdir()
+    error = ImportError("undefined symbol: aoti_torch_x")
+    assert "_C is missing" in why_not_loaded(error, package)
+    (tmp_path / "CMakeLists.txt").touch()
+    assert f"pip install -e {tmp_path}" in why_not_loaded(error, package)
+    (package / "_C.cpython-36m-x86_64-linux-gnu.so").touch()
+    assert "built for another Python (_C.cpython-36m" in why_not_loaded(error, package)
+    (package / "_C.abi3.so").touch()
+    told = why_not_loaded(error, package)
+    assert f"under torch {torch.__version__}" in told
+    assert "undefined symbol: aoti_torch_x" in told
