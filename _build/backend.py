@@ -4,6 +4,7 @@ Naming torch in build-system.requires would make pip download a second torch, of
 perhaps another version, into its isolated build environment.
 """
 
+import os
 import re
 import sysconfig
 from pathlib import Path
@@ -40,7 +41,8 @@ def installed_torch():
 def get_requires_for_build_wheel(config_settings=None):
     """What pip installs before it builds: setuptools' own list, and torch where it is missing."""
     needed = _setuptools.get_requires_for_build_wheel(config_settings)
-    return needed + ([] if installed_torch() else [TORCH_REQUIREMENT])
+    has_torch = os.environ.get("SSD_EXT_TORCH_DIR") or installed_torch()
+    return needed + ([] if has_torch else [TORCH_REQUIREMENT])
 
 
 def get_requires_for_build_editable(config_settings=None):

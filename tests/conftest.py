@@ -1,9 +1,16 @@
 """Fixtures of the suite."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from ssd_ext import _C
+ROOT = Path(__file__).resolve().parent.parent
+if not any((ROOT / "ssd_ext").glob("_C*.so")):  # not built in this tree: the installed ssd_ext is meant
+    sys.path = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
+
+from ssd_ext import _C  # noqa: E402
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and "cuda" in _C.build_info() else [])
 SIMD_LEVELS = []
