@@ -2,7 +2,6 @@
 #include <cstdint>
 
 #include "boxes/boxes.h"
-#include "common/box_columns.h"
 #define SSD_EXT_SIMD_FILE "boxes/boxes.simd.h"
 #include "common/for_each_simd_level.h"
 

@@ -18,10 +18,10 @@ def encode(rows, priors, deltas):
 
 RUNS = {
     "no fault": (lambda: encode(ROWS, ROWS, ROWS), None),
-    "reads a row too many": (lambda: encode(ROWS - 1, ROWS, ROWS), "heap-buffer-overflow"),
-    "reads a prior too many": (lambda: encode(ROWS, ROWS - 1, ROWS), "heap-buffer-overflow"),
-    "writes a row too many": (lambda: encode(ROWS, ROWS, ROWS - 1), "heap-buffer-overflow"),
-    "signed overflow": (lambda: library.successor(2**31 - 1), "signed integer overflow"),
+    "reads a row too many": (lambda: encode(ROWS - 1, ROWS, ROWS), "ERROR: AddressSanitizer"),
+    "reads a prior too many": (lambda: encode(ROWS, ROWS - 1, ROWS), "ERROR: AddressSanitizer"),
+    "writes a row too many": (lambda: encode(ROWS, ROWS, ROWS - 1), "ERROR: AddressSanitizer"),
+    "signed overflow": (lambda: library.successor(2**31 - 1), "runtime error: signed integer overflow"),
 }
 
 if len(sys.argv) > 2:
