@@ -1,5 +1,7 @@
 """Fixtures of the suite."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A function that runs another Python, which imports the same ssd_ext; keywords are environment variables."""
+
+    def run(*arguments, **environment):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+
+    return run
 
 
 @pytest.fixture

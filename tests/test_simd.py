@@ -1,35 +1,25 @@
 """The choice of SIMD level, and that no wide instruction leaks out of its level."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import SIMD_LEVELS
 
 from ssd_ext import _C
 
-
-def import_with(level):
-    code = "import ssd_ext; print(ssd_ext._C.simd_level())"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "SSD_EXT_SIMD": level},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+PRINT_LEVEL = "import ssd_ext; print(ssd_ext._C.simd_level())"
 
 
 @pytest.mark.parametrize("level", SIMD_LEVELS)
-def test_environment_variable_forces_the_level(level):
-    assert import_with(level).stdout.strip() == level
+def test_environment_variable_forces_the_level(python, level):
+    assert python("-c", PRINT_LEVEL, SSD_EXT_SIMD=level).stdout.strip() == level
 
 
-def test_unknown_level_is_refused_at_import():
-    assert "SSD_EXT_SIMD must be baseline, avx2 or avx512, got 'mmx'" in import_with("mmx").stderr
+def test_unknown_level_is_refused_at_import(python):
+    failed = python("-c", PRINT_LEVEL, SSD_EXT_SIMD="mmx")
+    assert "SSD_EXT_SIMD must be baseline, avx2 or avx512, got 'mmx'" in failed.stderr
 
 
 def test_unknown_level_is_refused_at_run_time(simd):
