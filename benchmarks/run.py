@@ -41,9 +41,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a script
     del sys.path[0]
-    if not any((ROOT / "ssd_ext").glob("_C.*")):  # the tree is not built: take the installed package
-        pass
-    sys.path.insert(0, str(ROOT))
+    if any((ROOT / "ssd_ext").glob("_C*.so")):
+        sys.path.insert(0, str(ROOT))
+    else:  # not built in this tree: the installed ssd_ext is meant
+        sys.path.append(str(ROOT))
 
 import torch  # noqa: E402
 

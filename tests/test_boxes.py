@@ -81,6 +81,20 @@ def test_half_computes_in_float32(generator):
         assert torch.equal(ops.decode(d, p), ops.decode(d.float(), p.float()).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op", [ops.encode, ops.decode])
+def test_gradients_in_half_are_computed_in_float32(op, dtype, device):
+    rows = torch.tensor([[0.0, 0.0, 1e-3, 1e-3], [0.0, 0.0, 20.7, 20.6]], dtype=dtype, device=device)
+    priors = torch.tensor([[0.0, 0.0, 1e-3, 1e-3], [0.5, 0.5, 0.2, 0.2]], dtype=dtype, device=device)
+    gradients = []
+    for cast in (dtype, torch.float32):
+        leaf = rows.to(cast).detach().requires_grad_()
+        out = op(leaf, priors.to(cast))
+        out.backward(torch.full_like(out, 100))
+        gradients.append(leaf.grad.to(dtype))
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("op", [ops.encode, ops.decode])
 def test_priors_have_no_gradient(op):
     rows = torch.rand(2, 3, 4).sort(-1).values.requires_grad_()

@@ -29,7 +29,7 @@ def tensor(rows):
 def test_agrees_with_reference_on_ties(images, priors, thresholds, force):
     low, high = sorted(thresholds)
     boxes, priors = [tensor(image) for image in images], tensor(priors)
-    result = ops.match(boxes, priors, high, low, force)
+    result = ops.match(boxes, priors, high, low, force=force)
     expected = reference.match([b.double() for b in boxes], priors.double(), high, low, force)
     assert torch.equal(result, expected)
 
@@ -39,7 +39,7 @@ def test_agrees_with_reference_on_ties(images, priors, thresholds, force):
 def test_any_number_is_safe(rows):
     priors = ssd300_priors()[:300]
     matches = ops.match([tensor(rows)], priors)
-    assert bool(((matches >= -1) & (matches < max(len(rows), 1))).all())
+    assert torch.equal(matches, reference.match([tensor(rows)], priors))
     labels, deltas = ops.assign_targets([tensor(rows)], [torch.ones(len(rows), dtype=torch.int64)], priors)
     assert torch.equal(labels > 0, matches >= 0)
     assert bool(torch.isfinite(deltas).all())
@@ -114,6 +114,31 @@ def test_an_image_without_objects_may_be_an_empty_tensor(device):
     assert labels.shape == (2, 8732)
     assert not labels.any()
     assert not deltas.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_empty_tensor_among_others_needs_no_dtype(dtype):
+    box = torch.tensor([[0.25, 0.25, 0.75, 0.75]], dtype=dtype)
+    priors = torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=dtype)
+    assert ops.match([torch.tensor([]), box], priors).tolist() == [[-1], [0]]
+    with pytest.raises(ValueError, match=r"gt_boxes\[1\] must have the dtype of the others"):
+        ops.match([box, box.float()], priors)
+
+
+def test_shapes_are_checked_before_values():
+    nan = torch.full((1, 4), torch.nan)
+    with pytest.raises(ValueError, match=r"gt_boxes must be \[G, 4\], got \[4\]"):
+        ops.match((nan[0], torch.tensor([0, 1])), torch.rand(3, 4), validate=True)
+    with pytest.raises(ValueError, match="must run from 0 to the number of gt_boxes"):
+        ops.match((nan, torch.tensor([0, 0])), torch.rand(3, 4), validate=True)
+
+
+def test_number_of_classes_is_not_ignored():
+    arguments = [torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([1])], ssd300_priors()
+    with pytest.raises(ValueError, match="num_classes needs validate=True"):
+        ops.assign_targets(*arguments, num_classes=21)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        ops.assign_targets(*arguments, num_classes=1, validate=True)
 
 
 def test_valid_ground_truth_passes_validation(generator):

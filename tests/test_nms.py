@@ -26,7 +26,7 @@ def test_agrees_with_reference_on_ties(candidates, threshold):
     assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(*double, threshold))
     expected = reference.batched_nms(*double, idxs, threshold)
     assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
-    keep, count = ops.nms_padded(boxes, scores, threshold, idxs)
+    keep, count = ops.nms_padded(boxes, scores, threshold, idxs=idxs)
     assert torch.equal(keep[:count], expected)
 
 
@@ -44,6 +44,11 @@ def test_class_ids_above_what_half_holds(device):
     scores = torch.tensor([0.9, 0.8, 0.7], device=device).half()
     idxs = torch.tensor([65505, 65504, 65505], device=device)
     assert ops.batched_nms(boxes, scores, idxs, 0.5).tolist() == [0, 1]
+
+
+def test_classes_are_not_optional():
+    with pytest.raises(ValueError, match=r"idxs must be \[N\] int64, got None"):
+        ops.batched_nms(torch.rand(3, 4), torch.rand(3), None, 0.5)
 
 
 def test_threshold_is_exclusive():

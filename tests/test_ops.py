@@ -29,6 +29,8 @@ def assert_same_bits(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        if x.is_floating_point():
+            assert torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan())
 
 
 def requiring_grad(op, inputs):
@@ -76,6 +78,20 @@ def test_any_stride_gives_the_same_bits(op, case, device, generator):
     expected = op.op(**inputs)
     assert_same_bits(op.op(**map_tensors(inputs, spread)), expected)
     assert_same_bits(op.op(**map_tensors(inputs, shifted)), expected)
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_every_output_is_written(op, case, device, generator):
+    made = case.make(generator)
+    for dtype in case.dtypes:
+        inputs = convert(made, dtype, device)
+        expected = op.op(**inputs)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN or the greatest integer
+        try:
+            assert torch.empty(3).isnan().all()
+            assert_same_bits(op.op(**inputs), expected)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")

@@ -115,8 +115,9 @@ number = st.one_of(hostile, st.floats(-2, 2, width=32))
 )
 def test_any_values_agree_with_the_reference(rows, score_threshold, iou_threshold):
     table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
-    arguments = (table[:, :4], table[:, 4], iou_threshold, 0.5, score_threshold, "linear")
-    result, expected = ops.soft_nms(*arguments), reference.soft_nms(*arguments)
+    arguments = {"iou_threshold": iou_threshold, "score_threshold": score_threshold}
+    result = ops.soft_nms(table[:, :4], table[:, 4], **arguments)
+    expected = reference.soft_nms(table[:, :4], table[:, 4], **arguments)
     assert torch.equal(result[0], expected[0])
     assert torch.equal(result[1], expected[1])
 

@@ -296,7 +296,7 @@ ASSIGN_TARGETS = Op(
             _label_call(gt_labels=[torch.ones(1).long(), torch.tensor([21])], validate=True, num_classes=21),
             r"in 1\.\.20 \(0 is background\), got 21 \(image 1, box 0\)",
         ),
-        ErrorCase("variance", _label_call(variances=(0.1, -0.2)), r"positive, got \(0.1, -0.2\)"),
+        ErrorCase("variance", _label_call(variances=(0.1, -0.2)), r"positive and finite, got \(0.1, -0.2\)"),
     ],
     peers={"torchvision": _torchvision},
     agrees=_targets_agree,

@@ -24,7 +24,7 @@ def _replay(inputs: Inputs, keep: Tensor, margin: float) -> Tensor | str:
     """
     arguments = inspect.signature(ops.soft_nms).bind(**inputs)
     arguments.apply_defaults()
-    boxes, scores, iou_threshold, sigma, score_threshold, method = arguments.args
+    boxes, scores, iou_threshold, sigma, score_threshold, method = arguments.arguments.values()
     boxes, current = boxes.cpu().double(), scores.cpu().double().nan_to_num(-math.inf, math.inf, -math.inf)
     taken = []
     for step, j in enumerate(keep.tolist()):

@@ -61,15 +61,12 @@ class Op:
     )
     # agrees(inputs, result, reference in float64) -> None or what is wrong; default: `close`.
     agrees: Callable[[Inputs, Any, Any], str | None] | None = None
-    bytes_moved: Callable[[Inputs, Any], int] | None = None  # least traffic; default: inputs + outputs
     differentiable: tuple[str, ...] = ()  # arguments with a gradient
     capturable: bool = True  # in a CUDA graph
     scaling: Callable[[int], Inputs] | None = None  # inputs for a batch of that size: `run.py --scaling`
 
     def traffic(self, inputs: Inputs, result: Any) -> int:
-        """Bytes that must be read and written at the least."""
-        if self.bytes_moved:
-            return self.bytes_moved(inputs, result)
+        """Bytes that must be read and written at the least: inputs and outputs once."""
         return sum(t.numel() * t.element_size() for t in (*tensors_in(inputs), *tensors_in(result)))
 
     def mismatch(self, inputs: Inputs, result: Any, expected: Any) -> str | None:

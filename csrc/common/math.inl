@@ -183,14 +183,16 @@ SSD_EXT_HD V log(V x) {
   const V y = denormal ? x * up : x;
   const V e0 = denormal ? splat<V>(single ? T(-25) : T(-54)) : zero;
   V result;
+  // Exponent and mantissa about sqrt(1/2). The sign is cleared first, since no sum may overflow; what
+  // comes of a negative x is replaced below.
   if constexpr (single) {
-    const Int bits = bit_cast<Int>(y);
-    const Int e = (bits - 0x3f3504f3) >> 23;
-    result = detail::log_f32(bit_cast<V>(bits - (e << 23)), from_int<V>(e) + e0);
+    const Int shifted = (bit_cast<Int>(y) & 0x7fffffff) - 0x3f3504f3;
+    const V mantissa = bit_cast<V>((shifted & 0x007fffff) + 0x3f3504f3);
+    result = detail::log_f32(mantissa, from_int<V>(shifted >> 23) + e0);
   } else {
-    const Int bits = bit_cast<Int>(y);
-    const Int e = (bits - 0x3fe6a09e667f3bcdLL) >> 52;
-    result = detail::log_f64(bit_cast<V>(bits - (e << 52)), from_int<V>(e) + e0);
+    const Int shifted = (bit_cast<Int>(y) & 0x7fffffffffffffff) - 0x3fe6a09e667f3bcd;
+    const V mantissa = bit_cast<V>((shifted & 0x000fffffffffffff) + 0x3fe6a09e667f3bcd);
+    result = detail::log_f64(mantissa, from_int<V>(shifted >> 52) + e0);
   }
   result = x < inf ? result : x;  // inf and NaN
   result = x < zero ? splat<V>(std::numeric_limits<T>::quiet_NaN()) : result;

@@ -1,5 +1,7 @@
 #include "common/tensor.h"
 
+#include <cmath>
+
 #if defined(SSD_EXT_WITH_CUDA)
 // Declared here rather than by USE_CUDA, and weak: it lives in libtorch_cuda.so, and a CUDA build of
 // this extension must load under a CPU-only torch too.
@@ -95,7 +97,8 @@ void check_fraction(const char* op, const char* name, double value) {
 void check_variances(const char* op, const std::vector<double>& variances) {
   if (variances.size() != 2) raise(op, ": variances must be (center, size), got ", variances.size(), " values");
   for (const double v : variances) {
-    if (!(v > 0)) raise(op, ": variances must be positive, got (", variances[0], ", ", variances[1], ")");
+    if (!(v > 0 && std::isfinite(v)))
+      raise(op, ": variances must be positive and finite, got (", variances[0], ", ", variances[1], ")");
   }
 }
 

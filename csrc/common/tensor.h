@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <initializer_list>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -113,16 +115,26 @@ inline Tensor byte_workspace(const Tensor& t, size_t bytes) {
 
 // ---- threads ----------------------------------------------------------------------------------
 
-// f(begin, end) over parts of [0, n), on torch's own threads (torch.set_num_threads). f must not
-// throw: torch loses the text of an exception raised on another thread.
+// f(begin, end) over parts of [0, n), on torch's own threads (torch.set_num_threads). An exception
+// is carried over here, for torch would lose its text.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
   if (n <= grain) {
     f(int64_t{0}, n);
-  } else {
-    torch::stable::parallel_for(0, n, grain, f);
+    return;
   }
+  std::exception_ptr error;
+  std::mutex guard;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace ssd_ext

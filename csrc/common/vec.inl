@@ -27,14 +27,6 @@ inline __attribute__((always_inline)) void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// The first n lanes (n < kLanes) of p, `fill` in the others. Reads nothing beyond p[n - 1].
-template <class T>
-inline __attribute__((always_inline)) Vec<T> load_first(const T* p, int64_t n, T fill) {
-  T lanes[kLanes<T>];
-  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < n ? p[i] : fill;
-  return load<T>(lanes);
-}
-
 template <class V, class T>
 inline __attribute__((always_inline)) void store_first(T* p, int64_t n, V v) {
   __builtin_memcpy(p, &v, n * sizeof(T));
@@ -65,11 +57,6 @@ inline __attribute__((always_inline)) unsigned mask_bits(Mask m) {
   unsigned bits = 0;
   for (unsigned i = 0; i < sizeof(m) / sizeof(m[0]); ++i) bits |= unsigned(m[i] != 0) << i;
   return bits;
-}
-
-template <class Mask>
-inline __attribute__((always_inline)) bool any(Mask m) {
-  return mask_bits(m) != 0;
 }
 
 // mask_bits(a > b), without the detour by a vector that GCC 12 makes on AVX-512.

@@ -119,7 +119,7 @@ struct Writer {
 };
 
 // Matches the priors of blocks begin .. end by threshold and writes them; best[j] becomes the j-th
-// ground truth's best prior among them. `lanes` is scratch for kLanes values of each ground truth.
+// ground truth's best prior among them.
 template <class T>
 void match_blocks(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer, int64_t begin,
                   int64_t end, BestPrior<T>* best) {

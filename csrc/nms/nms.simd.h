@@ -172,8 +172,11 @@ template <class T>
 int64_t nms(const T* boxes, int64_t n, const std::vector<uint32_t>& order, const std::vector<int64_t>& group_of,
             int64_t groups, T threshold, int64_t* keep) {
   Buckets buckets{group_of, groups, 0, {}};
-  if (const int64_t each = n / groups; each >= kSplit) {
-    buckets.positions = 4;
+  std::vector<int64_t> sizes(groups);
+  for (int64_t i = 0; i < n; ++i) ++sizes[buckets.group(i)];
+  constexpr int64_t positions = 4, cells = kSides * kSides * positions * positions;
+  if (*std::max_element(sizes.begin(), sizes.end()) >= kSplit && groups * cells <= 8 * n) {
+    buckets.positions = positions;
     assign_cells(boxes, n, buckets);
   }
   KeptBoxes<T> kept(n, buckets, threshold);

@@ -2,7 +2,8 @@
 
 Common rules: float32, float64, float16 and bfloat16 on CPU and CUDA; index outputs are int64;
 inputs of any stride are accepted and never changed; empty inputs are accepted; the lowest index
-wins a tie; the same input gives the same bits on every run, thread count and SIMD level.
+wins a tie; the same input gives the same bits on every run, thread count and SIMD level. Under
+autocast floating inputs are cast to float32, and floating outputs are float32.
 """
 
 from ssd_ext.ops.boxes import box_iou, decode, encode

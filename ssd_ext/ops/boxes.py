@@ -26,7 +26,7 @@ def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1,
         ``[..., P, 4]`` deltas ``(dx, dy, dw, dh)`` in the order of ``boxes``. A box without width
         or height gives ``-inf``, an inverted one NaN.
 
-    Differentiable in ``boxes``, twice too.
+    Differentiable in ``boxes`` in reverse mode, twice too; not by forward-mode AD (``torch.func.jvp``).
 
     Raises:
         ValueError: wrong shape, dtype or device, or a variance that is not positive.
@@ -54,7 +54,8 @@ def decode(
         ``[..., P, 4]`` corners ``(x1, y1, x2, y2)`` in the units and order of ``priors``, not
         clipped to the image. A NaN delta gives NaN corners.
 
-    Differentiable in ``deltas``, twice too; a size that ``clip`` bounds has no gradient.
+    Differentiable in ``deltas`` in reverse mode, twice too; a size that ``clip`` bounds has no gradient.
+    Not by forward-mode AD (``torch.func.jvp``).
 
     Raises:
         ValueError: wrong shape, dtype or device, a variance that is not positive, a NaN ``clip``.
@@ -113,25 +114,32 @@ def _refuse_prior_gradient(ctx, op):
         raise RuntimeError(f"ssd_ext::{op} has no gradient for priors: they are constants (pass priors.detach())")
 
 
+def _widened(*tensors):
+    """Halves as float32, in which the ops compute them."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
 def _encode_backward(ctx, grad):
     _refuse_prior_gradient(ctx, "encode")
-    boxes, priors = ctx.saved_tensors
+    dtype = grad.dtype
+    boxes, priors, grad = _widened(*ctx.saved_tensors, grad)
     (variances,) = ctx.constants
     extent = boxes[..., 2:] - boxes[..., :2]
     center = grad[..., :2] * 0.5 / (priors[:, 2:] * variances[0])
     size = grad[..., 2:] / (extent * variances[1])
-    return torch.cat([center - size, center + size], -1), None, None
+    return torch.cat([center - size, center + size], -1).to(dtype), None, None
 
 
 def _decode_backward(ctx, grad):
     _refuse_prior_gradient(ctx, "decode")
-    deltas, priors = ctx.saved_tensors
+    dtype = grad.dtype
+    deltas, priors, grad = _widened(*ctx.saved_tensors, grad)
     variances, clip = ctx.constants
     scaled = deltas[..., 2:] * variances[1]
     extent = scaled.clamp(max=clip).exp() * priors[:, 2:]
     center = (grad[..., :2] + grad[..., 2:]) * priors[:, 2:] * variances[0]
     size = (grad[..., 2:] - grad[..., :2]) * 0.5 * extent * variances[1]
-    return torch.cat([center, torch.where(scaled > clip, 0, size)], -1), None, None, None
+    return torch.cat([center, torch.where(scaled > clip, 0, size)], -1).to(dtype), None, None, None
 
 
 torch.library.register_autograd("ssd_ext::encode", _encode_backward, setup_context=_keep_inputs)

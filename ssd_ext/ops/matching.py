@@ -18,6 +18,7 @@ def match(
     priors: Tensor,
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
+    *,
     force: str = "bipartite",
     validate: bool = False,
 ) -> Tensor:
@@ -55,11 +56,12 @@ def match(
     Source: ``"bipartite"``: Liu et al., SSD (2016), section 2.2 "Matching strategy" and its Caffe code;
     ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``.
     """
-    boxes, offsets = _rows(gt_boxes, priors, "gt_boxes")
+    boxes, offsets = _rows(gt_boxes, priors)
+    low = iou_threshold if low_threshold is None else low_threshold
+    matches = torch.ops.ssd_ext.match(boxes, offsets, priors, iou_threshold, low, _force(force))
     if validate:
         _validate(boxes, None, offsets, None)
-    low = iou_threshold if low_threshold is None else low_threshold
-    return torch.ops.ssd_ext.match(boxes, offsets, priors, iou_threshold, low, _force(force))
+    return matches
 
 
 def assign_targets(
@@ -68,6 +70,7 @@ def assign_targets(
     priors: Tensor,
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
+    *,
     force: str = "bipartite",
     variances: tuple[float, float] = (0.1, 0.2),
     validate: bool = False,
@@ -86,7 +89,7 @@ def assign_targets(
         variances: of centre and size, as for :func:`encode`.
         validate: raise for a ground truth that cannot be matched and for a label below 1 (or not below
             ``num_classes``). This synchronises with the GPU. Without it labels are copied as they are.
-        num_classes: classes with background, for ``validate``.
+        num_classes: classes with background, 2 or more; only with ``validate``.
 
     Returns:
         ``labels``: ``[B, P]`` int64, 0 background, -1 ignored. ``deltas``: ``[B, P, 4]``, the encoded
@@ -99,14 +102,17 @@ def assign_targets(
 
     Source: Liu et al., SSD (2016), sections 2.2 and eq. 2; torchvision's ``SSD.compute_loss``.
     """
-    boxes, offsets = _rows(gt_boxes, priors, "gt_boxes")
+    if num_classes is not None and not (validate and num_classes >= 2):
+        raise ValueError(f"num_classes needs validate=True and must be at least 2, got {num_classes}, {validate=}")
+    boxes, offsets = _rows(gt_boxes, priors)
     labels = _labels(gt_labels, gt_boxes, boxes)
-    if validate:
-        _validate(boxes, labels, offsets, num_classes)
     low = iou_threshold if low_threshold is None else low_threshold
-    return torch.ops.ssd_ext.assign_targets(
+    targets = torch.ops.ssd_ext.assign_targets(
         boxes, labels, offsets, priors, iou_threshold, low, _force(force), list(variances)
     )
+    if validate:
+        _validate(boxes, labels, offsets, num_classes)
+    return targets
 
 
 def _force(force: str) -> int:
@@ -119,11 +125,11 @@ def _is_pair(value) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and not value[1].is_floating_point()
 
 
-def _rows(gt_boxes: Ragged, like: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _rows(gt_boxes: Ragged, like: Tensor) -> tuple[Tensor, Tensor]:
     """(boxes [G, 4], offsets [B + 1]) of either form of ragged boxes."""
     if isinstance(gt_boxes, Tensor):
         raise ValueError(
-            f"{name} must be a list of [G, 4] tensors or (boxes, offsets), got one tensor {_shape(gt_boxes)}"
+            f"gt_boxes must be a list of [G, 4] tensors or (boxes, offsets), got one tensor {_shape(gt_boxes)}"
         )
     if _is_pair(gt_boxes):
         return gt_boxes
@@ -133,8 +139,12 @@ def _rows(gt_boxes: Ragged, like: Tensor, name: str) -> tuple[Tensor, Tensor]:
         if boxes.dim() == 1 and boxes.shape[0] == 0:
             boxes = boxes.reshape(0, 4)
         if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"{name}[{b}] must be [G, 4], got {_shape(boxes)}")
+            raise ValueError(f"gt_boxes[{b}] must be [G, 4], got {_shape(boxes)}")
         offsets.append(offsets[-1] + boxes.shape[0])
+        if boxes.shape[0] == 0:
+            continue  # torch.tensor([]) is float32 and on the CPU, whatever the other images are
+        if images and boxes.dtype != images[0].dtype:
+            raise ValueError(f"gt_boxes[{b}] must have the dtype of the others, {images[0].dtype}, got {boxes.dtype}")
         images.append(boxes)
     rows = torch.cat(images) if images else like.new_empty(0, 4)
     return rows, torch.tensor(offsets).to(rows.device, non_blocking=True)
@@ -170,7 +180,8 @@ def _validate(boxes: Tensor, labels: Tensor | None, offsets: Tensor, num_classes
     )
     for row in bad.nonzero().flatten().tolist()[:1]:
         raise ValueError(
-            f"ground truth must be finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2, got {boxes[row].tolist()} "
+            "ground truth must be finite (x1, y1, x2, y2) with x1 < x2, y1 < y2 and an area that its dtype holds, "
+            f"got {boxes[row].tolist()} "
             f"({where(row)})"
         )
     if labels is None:

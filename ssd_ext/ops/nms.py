@@ -55,11 +55,13 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Source: torchvision's ``batched_nms``.
     """
+    if idxs is None:
+        raise ValueError("idxs must be [N] int64, got None; nms takes boxes of one class")
     return torch.ops.ssd_ext.nms(boxes, scores, idxs, iou_threshold)
 
 
 def nms_padded(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None = None
+    boxes: Tensor, scores: Tensor, iou_threshold: float, *, idxs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`nms` or :func:`batched_nms` with outputs of fixed size: no wait for the GPU, capturable in a CUDA graph.
 

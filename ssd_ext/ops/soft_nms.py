@@ -18,6 +18,7 @@ def soft_nms(
     boxes: Tensor,
     scores: Tensor,
     iou_threshold: float = 0.3,
+    *,
     sigma: float = 0.5,
     score_threshold: float = 0.001,
     method: str = "linear",
@@ -43,7 +44,8 @@ def soft_nms(
     Returns:
         ``(keep, scores)`` of the K boxes taken, in the order in which they were taken: ``keep`` is
         ``[K]`` int64 indices into ``boxes``; ``scores`` is ``[K]`` in the dtype of ``scores``, what
-        each had when it was taken, never rising. Of equal scores the lowest index is taken first.
+        each had when it was taken: never rising, unless a negative ``score_threshold`` lets negative
+        scores in. Of equal scores the lowest index is taken first.
 
     K depends on the data: on CUDA this waits for the device. :func:`soft_nms_padded` does not.
     Time grows as N times K. Not differentiable.
@@ -65,6 +67,7 @@ def soft_nms_padded(
     boxes: Tensor,
     scores: Tensor,
     iou_threshold: float = 0.3,
+    *,
     sigma: float = 0.5,
     score_threshold: float = 0.001,
     method: str = "linear",

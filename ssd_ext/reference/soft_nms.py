@@ -41,9 +41,19 @@ def soft_nms(
     )
 
 
-def soft_nms_padded(boxes: Tensor, scores: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+def soft_nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.3,
+    *,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+    method: str = "linear",
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`soft_nms` in ``[N]`` indices and scores, padded with -1 and 0, and the count."""
-    keep, kept_scores = soft_nms(boxes, scores, *args, **kwargs)
+    keep, kept_scores = soft_nms(
+        boxes, scores, iou_threshold, sigma=sigma, score_threshold=score_threshold, method=method
+    )
     padding = (0, len(boxes) - len(keep))
     return (
         torch.nn.functional.pad(keep, padding, value=-1),
