@@ -47,11 +47,16 @@ def coco_gts(batch: int) -> tuple[list[Tensor], list[Tensor]]:
     return boxes, labels
 
 
+def distinct_scores(n: int, g: torch.Generator, low: float = 0.01) -> Tensor:
+    """``[n]`` scores spread evenly over ``low..1`` in random order. All differ: peers order ties as they like."""
+    return low + (1 - low) * (torch.randperm(n, generator=g) + 1) / max(n, 1)
+
+
 def detector_candidates(n: int, g: torch.Generator, per_object: int = 20) -> tuple[Tensor, Tensor]:
-    """What a detector hands to NMS: boxes jittered about ``n / per_object`` objects, scores uniform in 0.01..1."""
+    """What a detector hands to NMS: boxes jittered about ``n / per_object`` objects, scores over 0.01..1."""
     objects = random_boxes(max(1, n // per_object), g)
     boxes = objects[torch.randint(len(objects), (n,), generator=g)]
     size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     boxes = boxes + torch.randn(n, 4, generator=g) * 0.1 * size
     boxes = torch.cat([torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])], 1)
-    return boxes, 0.01 + 0.99 * torch.rand(n, generator=g)
+    return boxes, distinct_scores(n, g)

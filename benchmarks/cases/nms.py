@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from benchmarks.cases.inputs import detector_candidates, random_boxes
+from benchmarks.cases.inputs import detector_candidates, distinct_scores, random_boxes
 from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op
 from ssd_ext import ops, reference
 
@@ -15,7 +15,7 @@ EXACT = (torch.float32, torch.float64)
 def _random(n, high=0.5, iou_threshold=0.5, **kwargs):
     def make(g):
         boxes = random_boxes(n, g, high=high)
-        return {"boxes": boxes, "scores": torch.rand(n, generator=g), "iou_threshold": iou_threshold}
+        return {"boxes": boxes, "scores": distinct_scores(n, g), "iou_threshold": iou_threshold}
 
     return Case(f"random N={n}", make, **kwargs)
 
