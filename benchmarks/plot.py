@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _panel(figure, area, op: str, results: list[dict[str, Any]], colors: dict[st
                 )
             y += BAR
         axes.annotate(
-            result["case"],
+            textwrap.fill(result["case"], 20),
             (0, (start + y - BAR) / 2),
             (-6, 0),
             xycoords=axes.get_yaxis_transform(),
@@ -116,7 +117,7 @@ def _panel(figure, area, op: str, results: list[dict[str, Any]], colors: dict[st
     axes.set_ylim(y - GAP - BAR / 2 + 0.04, -BAR / 2 - 0.04)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(LogLocator(10))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ms"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ms" if x < 1000 else f"{x / 1000:g} s"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="both", labelsize=7, colors="#6b7280", length=2)
     axes.grid(axis="x", color="#e5e7eb", zorder=0)
