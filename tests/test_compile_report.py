@@ -119,6 +119,8 @@ def test_planted_faults_are_seen(commands, tmp_path):
     for name, patterns in FAULTS.items():
         found = list(compile_report.faults(by_name[name]))
         assert len(found) == len(patterns) and all(map(re.fullmatch, patterns, found)), (name, found)
+    assert by_name["unbounded<1, 4>"].dynamic_shared is None  # nobody told how much
+    assert by_name["spins"].dynamic_shared == 0
 
 
 @pytest.mark.parametrize(
