@@ -241,7 +241,7 @@ def faults(kernel):
 def table(kernels):
     """One line a kernel."""
     sizes = ("shared", "dynamic", "local", "spills")
-    columns = ("kernel", "registers", "threads", "blocks", "occupancy", *sizes, "widest accesses, bytes")
+    columns = ("kernel", "registers", "threads", "blocks/SM", "occupancy", *sizes, "widest accesses, bytes")
     lines = [columns]
     for k in kernels:
         widest = defaultdict(int)
