@@ -220,6 +220,22 @@ def test_a_later_run_on_the_same_commit_keeps_the_other_stages(machine, tmp_path
     assert list(json.loads(file.read_text())["stages"]) == ["b"]
 
 
+def test_a_benchmark_that_ran_out_of_time_tells_what_it_measured(monkeypatch, tmp_path):
+    contenders = [{"name": "ssd_ext", "status": "timed", "median_ms": 0.0123}]
+    result = {"op": "decode", "case": "B=8", "contenders": contenders, "bytes": 1, "gb_per_s": 1500.0}
+    result |= {"memory_share": 0.5, "ratios": {"reference": 9.0, "torchvision": 4.2}, "best_peer": "torchvision"}
+    made = {"conditions": {"memory_gb_per_s": 3000.0}, "results": [result]}
+
+    def broken_off(limit, job):
+        record.write_json(tmp_path / "x-benchmark.json", made)
+
+    monkeypatch.setattr(gpu_check, "run", broken_off)
+    found = gpu_check.benchmark(gpu_check.Check({"commit": "abc1234"}, tmp_path, "x", dry_run=False, full=False))
+    assert (found.verdict, found.counts) == ("timed out", {"cases": 1, "timed": 1, "fastest": 1})
+    expected = "decode, B=8: 0.0123 ms, 1500 GB/s, 50% of the copy rate, 4.2x as fast as torchvision"
+    assert found.notes[0] == expected
+
+
 def test_an_unknown_stage_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main(["--dry-run", "test"])
