@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 100  # of CPU time that a mutant may take: one that hangs is noticed
+SECONDS = 40  # of CPU time that a mutant may take: one that hangs is noticed
 LARGE = 100_000  # bytes; cases above run in one order of threads only
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
