@@ -14,9 +14,11 @@ import argparse
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -73,12 +75,10 @@ def mutate(source: str, room: str, first: int) -> tuple[str, list[Mutant]]:
 
 def build(tree: Path, rooms: list[str]) -> list[Mutant]:
     """Copy the sources to ``tree``, mutate the kernels there and compile; the module lies in its ssd_ext/."""
-    files = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", "-z"], capture_output=True)
-    names = files.stdout.decode().split("\0")[:-1] if files.returncode == 0 else []
-    for name in names or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file() and p.suffix != ".so"]:
-        if (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("csrc", "ssd_ext", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree)
     mutants: list[Mutant] = []
     for room in rooms:
         path = tree / "csrc" / room / f"{room}.cu"
@@ -91,9 +91,10 @@ def build(tree: Path, rooms: list[str]) -> list[Mutant]:
         "Python_EXECUTABLE": sys.executable,
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": tree / "ssd_ext",
     }
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # of this environment, active or not
     defines = [f"-D{key}={value}" for key, value in options.items()]
     for command in (["cmake", "-S", tree, "-B", tree / "build", "-GNinja", *defines], ["cmake", "--build", tree / "build"]):
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
         if run.returncode:
             sys.exit(run.stdout + run.stderr)
     return mutants
