@@ -2,9 +2,9 @@
 // What mutate.py writes into a copy of the kernels, so that one build holds all mutants.
 // `a < Less{7} > b` is a < b, and a <= b in mutant 7.
 
-#define SSD_EXT_MUTANT_BARRIER(number, ...)           \
-  do {                                                \
-    if (::emulator::mutant != (number)) __VA_ARGS__;  \
+#define SSD_EXT_MUTANT_BARRIER(number, ...)          \
+  do {                                               \
+    if (::emulator::mutant != (number)) __VA_ARGS__; \
   } while (false)
 #define SSD_EXT_MUTANT_VOTE(number, vote, value) (::emulator::mutant == (number) ? int(value) : vote(value))
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 40  # of CPU time that a mutant may take: one that hangs is noticed
+SECONDS = 8  # of CPU time that a call may take: a mutant that hangs is noticed
 LARGE = 100_000  # bytes; cases above run in one order of threads only
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
@@ -93,7 +93,10 @@ def build(tree: Path, rooms: list[str]) -> list[Mutant]:
     }
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # of this environment, active or not
     defines = [f"-D{key}={value}" for key, value in options.items()]
-    for command in (["cmake", "-S", tree, "-B", tree / "build", "-GNinja", *defines], ["cmake", "--build", tree / "build"]):
+    for command in (
+        ["cmake", "-S", tree, "-B", tree / "build", "-GNinja", *defines],
+        ["cmake", "--build", tree / "build"],
+    ):
         run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
         if run.returncode:
             sys.exit(run.stdout + run.stderr)
@@ -121,12 +124,14 @@ def run_room(room: str) -> None:
     for size, op, case, inputs in sorted(runs, key=lambda run: run[0]):
         expected = list(tensors_in(op.op(**inputs)))
         for seed in range(1 if size > LARGE else 3):
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             _C.emulator.start(seed)
             result = list(tensors_in(op.op(**inputs)))
             _C.emulator.stop()
             for r, e in zip(result, expected, strict=True):
                 if r.shape != e.shape or not torch.equal(r.nan_to_num(), e.nan_to_num()):
                     raise AssertionError(f"{op.name}, {case.name}, order {seed}: not the CPU's result")
+    signal.setitimer(signal.ITIMER_PROF, 10 * SECONDS)
     os.chdir(ROOT_OF_TESTS)
     args = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-k", "emulated", f"tests/test_{room}.py"]
     code = pytest.main(args)
@@ -146,7 +151,6 @@ def try_mutant(mutant: Mutant) -> str:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         from ssd_ext import _C
 
         _C.emulator.set_mutant(mutant.number)
