@@ -59,6 +59,7 @@ def test_a_box_that_meets_no_prior_still_gets_one():
     assert ops.match([far], priors, force="none").tolist() == [[1, -1]]
 
 
+@pytest.mark.slow
 def test_a_thousand_equal_ground_truths(device):
     box = torch.tensor([[0.2, 0.3, 0.5, 0.6]], device=device)
     priors = ssd300_priors().to(device)

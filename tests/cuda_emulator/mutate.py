@@ -133,7 +133,18 @@ def run_room(room: str) -> None:
                     raise AssertionError(f"{op.name}, {case.name}, order {seed}: not the CPU's result")
     signal.setitimer(signal.ITIMER_PROF, 10 * SECONDS)
     os.chdir(ROOT_OF_TESTS)
-    args = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-k", "emulated", f"tests/test_{room}.py"]
+    args = [
+        "-q",
+        "-x",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        "-k",
+        "emulated",
+        f"tests/test_{room}.py",
+    ]
     code = pytest.main(args)
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise AssertionError(f"tests/test_{room}.py fails")
