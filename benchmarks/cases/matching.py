@@ -60,7 +60,9 @@ def _in_pixels(g):
 
 
 def _at_zero_threshold(g):
-    return {"gt_boxes": [random_boxes(3, g), torch.empty(0, 4)], "priors": _priors(20, g), "iou_threshold": 0.0}
+    """Priors that meet none of many ground truths belong to the first."""
+    boxes = [random_boxes(3, g), torch.empty(0, 4), random_boxes(70, g, high=0.1) + 1]
+    return {"gt_boxes": boxes, "priors": _priors(20, g), "iou_threshold": 0.0}
 
 
 def _ragged_pair(g):

@@ -109,17 +109,16 @@ def run_room(room: str) -> None:
     import torch
 
     from benchmarks.cases import OPS
-    from benchmarks.cases.spec import convert, tensors_in
+    from benchmarks.cases.spec import tensors_in
     from ssd_ext import _C
 
     ops = [op for op in OPS if op.op.__module__.endswith("." + room)]
     runs = [
-        (op.traffic(inputs, ()), op, case, convert(inputs, dtype))
+        (op.traffic(inputs, ()), op, case, inputs)
         for op in ops
         for case in op.cases
         if not case.benchmark
         for inputs in [case.make(torch.Generator().manual_seed(20))]
-        for dtype in case.dtypes
     ]
     for size, op, case, inputs in sorted(runs, key=lambda run: run[0]):
         expected = list(tensors_in(op.op(**inputs)))
