@@ -198,3 +198,11 @@ SSD_EXT_HD V log(V x) {
   result = x < zero ? splat<V>(std::numeric_limits<T>::quiet_NaN()) : result;
   return x == zero ? -inf : result;
 }
+
+// log(1 + x) for x >= 0 within 2 ulp, also where 1 + x rounds to 1; log1p(inf) = inf.
+template <class V>
+SSD_EXT_HD V log1p(V x) {
+  const V one = splat<V>(1), sum = one + x;
+  const V lost = x - (sum - one);  // what the addition rounded away
+  return sum < splat<V>(std::numeric_limits<ScalarOf<V>>::infinity()) ? log(sum) + lost / sum : x;
+}

@@ -51,7 +51,7 @@ const char* name_of(ScalarType type) {
   }
 }
 
-static void check_device(const char* op, const Arg& arg, const Arg& like) {
+void check_device(const char* op, const Arg& arg, const Arg& like) {
   if (arg.tensor.device() != like.tensor.device()) {
     raise(op, ": ", arg.name, " must be on the device of ", like.name, ", ", device_of(like.tensor), ", got ",
           device_of(arg.tensor));
@@ -100,6 +100,11 @@ void check_variances(const char* op, const std::vector<double>& variances) {
     if (!(v > 0 && std::isfinite(v)))
       raise(op, ": variances must be positive and finite, got (", variances[0], ", ", variances[1], ")");
   }
+}
+
+void check_mining(const char* op, double ratio, int64_t min_negatives) {
+  if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": ratio must be a finite number >= 0, got ", ratio);
+  if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
 }
 
 DType dtype_of(const Tensor& t) {
