@@ -18,10 +18,7 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-struct ImageSums {
-  int64_t positives;
-  double loc, conf;  // undivided
-};
+using multibox_loss::ImageSums;
 
 // Sum of the terms of up to n indices. Term i goes to partial sum i % kSums, in rising order of i; of each
 // 32 partial sums those l and l + 16 are added, then l and l + 8, ... l + 1; then likewise the up to 32 results.
@@ -136,6 +133,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   Tensor divisors = torch::stable::new_empty(labels, {batch});
   const Tensor y = as_contiguous(labels);
   const int64_t* label = y.const_data_ptr<int64_t>();
+  if (is_cuda(logits)) {
+    const CudaLaunch launch(op, logits);
+    [[maybe_unused]] const Tensor scratch = byte_workspace(logits, batch * sizeof(ImageSums));
+    SSD_EXT_CUDA_CALL(multibox_loss_cuda(rows_of(logits), rows_of(deltas), rows_of(targets), label, loss,
+                                         loc.mutable_data_ptr(), conf.mutable_data_ptr(), ranks.mutable_data_ptr(),
+                                         divisors.mutable_data_ptr<int64_t>(),
+                                         static_cast<ImageSums*>(scratch.mutable_data_ptr()), launch.stream));
+    return {loc, conf, ranks, divisors};
+  }
   std::vector<ImageSums> sums(batch);
   dispatch_stored(logits, [&](auto zero) {
     using S = decltype(zero);
@@ -225,6 +231,13 @@ Tensor logits_gradient_op(const Tensor& grad_conf, const Tensor& logits, const T
   check_saved(op, {"grad_conf", grad_conf}, {}, computed_in(logits), {"logits", logits});
   Tensor gradient = gradient_like(logits);
   const Tensor y = as_contiguous(labels), rank = as_contiguous(ranks), divisor = as_contiguous(divisors);
+  if (is_cuda(logits)) {
+    const CudaLaunch launch(op, logits);
+    SSD_EXT_CUDA_CALL(logits_gradient_cuda(grad_conf.const_data_ptr(), rows_of(logits), y.const_data_ptr<int64_t>(),
+                                           rank.const_data_ptr(), divisor.const_data_ptr<int64_t>(), loss,
+                                           gradient.mutable_data_ptr(), rows_of(gradient).strides, launch.stream));
+    return gradient;
+  }
   const double scale = value_of(grad_conf);
   dispatch_stored(logits, [&](auto zero) {
     using S = decltype(zero);
@@ -252,6 +265,13 @@ Tensor deltas_gradient_op(const Tensor& grad_loc, const Tensor& deltas, const Te
   check_saved(op, {"grad_loc", grad_loc}, {}, computed_in(deltas), {"deltas", deltas});
   Tensor gradient = gradient_like(deltas);
   const Tensor y = as_contiguous(labels), divisor = as_contiguous(divisors);
+  if (is_cuda(deltas)) {
+    const CudaLaunch launch(op, deltas);
+    SSD_EXT_CUDA_CALL(deltas_gradient_cuda(grad_loc.const_data_ptr(), rows_of(deltas), rows_of(targets),
+                                           y.const_data_ptr<int64_t>(), divisor.const_data_ptr<int64_t>(), loss,
+                                           gradient.mutable_data_ptr(), rows_of(gradient).strides, launch.stream));
+    return gradient;
+  }
   const double scale = value_of(grad_loc);
   dispatch_stored(deltas, [&](auto zero) {
     using S = decltype(zero);

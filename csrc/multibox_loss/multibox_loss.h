@@ -48,4 +48,43 @@ SSD_EXT_HD int64_t divisor_of(int64_t positives, int64_t all, const Loss& loss) 
   return (n > 1 ? n : 1) * (loss.per_image ? loss.mining.batch : 1);
 }
 
+// One image's sums, undivided.
+struct ImageSums {
+  int64_t positives;
+  double loc, conf;
+};
+
+// Outputs are contiguous, but for gradients. Labels are not checked: one that is no class makes the rank, the
+// loss and the gradient of its prior NaN.
+void multibox_loss_cuda(const Rows& logits,     // [B, P, C]
+                        const Rows& deltas,     // [B, P, 4]
+                        const Rows& targets,    // [B, P, 4]
+                        const int64_t* labels,  // [B, P]
+                        const Loss& loss,       //
+                        void* loc, void* conf,  // scalars; float64 where deltas, logits are, else float32
+                        void* ranks,            // [B, P], int64 where logits are float64, else int32
+                        int64_t* divisors,      // [B]
+                        ImageSums* scratch,     // [B]
+                        Stream stream);
+
+void logits_gradient_cuda(const void* grad_conf,    // scalar, of the type of conf
+                          const Rows& logits,       // [B, P, C]
+                          const int64_t* labels,    // [B, P]
+                          const void* ranks,        // [B, P]
+                          const int64_t* divisors,  // [B]
+                          const Loss& loss,         //
+                          void* gradient,           // [B, P, C], of the type of logits
+                          const Strides& strides,   // of it
+                          Stream stream);
+
+void deltas_gradient_cuda(const void* grad_loc,     // scalar, of the type of loc
+                          const Rows& deltas,       // [B, P, 4]
+                          const Rows& targets,      // [B, P, 4]
+                          const int64_t* labels,    // [B, P]
+                          const int64_t* divisors,  // [B]
+                          const Loss& loss,         //
+                          void* gradient,           // [B, P, 4], of the type of deltas
+                          const Strides& strides,   // of it
+                          Stream stream);
+
 }  // namespace ssd_ext::multibox_loss

@@ -10,7 +10,8 @@ SSD_EXT_HD IntOf<V> rank_of_sum(V sum) {
 
 template <class T>
 SSD_EXT_HD T sum_of_rank(IntOf<T> rank) {
-  return bit_cast<T>(IntOf<T>(rank + bit_cast<IntOf<T>>(std::numeric_limits<T>::infinity())));
+  using Bits = std::make_unsigned_t<IntOf<T>>;  // other ranks come here too, and must not overflow
+  return bit_cast<T>(Bits(rank) + bit_cast<Bits>(std::numeric_limits<T>::infinity()));
 }
 
 // With top the greatest logit, at_label = x[y] and sum over all c of exp(x[c] - top).
