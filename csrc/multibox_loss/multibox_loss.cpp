@@ -127,21 +127,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   loss.beta = beta;
   loss.per_image = per_image;
 
-  Tensor loc = torch::stable::new_empty(deltas, {}, computed_in(deltas));
-  Tensor conf = torch::stable::new_empty(logits, {}, computed_in(logits));
-  Tensor ranks = torch::stable::new_empty(logits, {batch, n}, type_of_ranks(logits));
-  Tensor divisors = torch::stable::new_empty(labels, {batch});
-  const Tensor y = as_contiguous(labels);
-  const int64_t* label = y.const_data_ptr<int64_t>();
+  Tensor loc = new_output(deltas, {}, computed_in(deltas));
+  Tensor conf = new_output(logits, {}, computed_in(logits));
+  Tensor ranks = new_output(logits, {batch, n}, type_of_ranks(logits));
+  Tensor divisors = new_output(labels, {batch});
   if (is_cuda(logits)) {
     const CudaLaunch launch(op, logits);
-    [[maybe_unused]] const Tensor scratch = byte_workspace(logits, batch * sizeof(ImageSums));
-    SSD_EXT_CUDA_CALL(multibox_loss_cuda(rows_of(logits), rows_of(deltas), rows_of(targets), label, loss,
+    const Tensor x = cuda_strided_input(logits), d = cuda_strided_input(deltas), t = cuda_strided_input(targets);
+    const Tensor y = cuda_input(labels), scratch = byte_workspace(logits, batch * sizeof(ImageSums));
+    SSD_EXT_CUDA_CALL(multibox_loss_cuda(rows_of(x), rows_of(d), rows_of(t), y.const_data_ptr<int64_t>(), loss,
                                          loc.mutable_data_ptr(), conf.mutable_data_ptr(), ranks.mutable_data_ptr(),
                                          divisors.mutable_data_ptr<int64_t>(),
                                          static_cast<ImageSums*>(scratch.mutable_data_ptr()), launch.stream));
     return {loc, conf, ranks, divisors};
   }
+  const Tensor y = as_contiguous(labels);
+  const int64_t* label = y.const_data_ptr<int64_t>();
   std::vector<ImageSums> sums(batch);
   dispatch_stored(logits, [&](auto zero) {
     using S = decltype(zero);
@@ -195,10 +196,9 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// A dense tensor of zeros in the layout of `like`; on a GPU uninitialised.
-Tensor gradient_like(const Tensor& like) {
-  Tensor gradient = torch::stable::empty_like(like);
-  if (is_cuda(like)) return gradient;
+// Dense, in the layout of `like`, on the CPU.
+Tensor zeros_like(const Tensor& like) {
+  Tensor gradient = new_output_like(like);
   char* p = static_cast<char*>(gradient.mutable_data_ptr());
   const int64_t bytes = gradient.numel() * gradient.element_size();
   if (bytes >= kHugePages) advise_huge_pages(p, bytes);
@@ -229,15 +229,18 @@ Tensor logits_gradient_op(const Tensor& grad_conf, const Tensor& logits, const T
   check_saved(op, {"ranks", ranks}, {batch, n}, type_of_ranks(logits), {"logits", logits});
   check_saved(op, {"divisors", divisors}, {batch}, ScalarType::Long, {"logits", logits});
   check_saved(op, {"grad_conf", grad_conf}, {}, computed_in(logits), {"logits", logits});
-  Tensor gradient = gradient_like(logits);
-  const Tensor y = as_contiguous(labels), rank = as_contiguous(ranks), divisor = as_contiguous(divisors);
   if (is_cuda(logits)) {
     const CudaLaunch launch(op, logits);
-    SSD_EXT_CUDA_CALL(logits_gradient_cuda(grad_conf.const_data_ptr(), rows_of(logits), y.const_data_ptr<int64_t>(),
+    const Tensor grad = cuda_input(grad_conf), x = cuda_strided_input(logits), y = cuda_input(labels);
+    const Tensor rank = cuda_input(ranks), divisor = cuda_input(divisors);
+    Tensor gradient = new_output_like(logits);
+    SSD_EXT_CUDA_CALL(logits_gradient_cuda(grad.const_data_ptr(), rows_of(x), y.const_data_ptr<int64_t>(),
                                            rank.const_data_ptr(), divisor.const_data_ptr<int64_t>(), loss,
                                            gradient.mutable_data_ptr(), rows_of(gradient).strides, launch.stream));
     return gradient;
   }
+  Tensor gradient = zeros_like(logits);
+  const Tensor y = as_contiguous(labels), rank = as_contiguous(ranks), divisor = as_contiguous(divisors);
   const double scale = value_of(grad_conf);
   dispatch_stored(logits, [&](auto zero) {
     using S = decltype(zero);
@@ -263,15 +266,18 @@ Tensor deltas_gradient_op(const Tensor& grad_loc, const Tensor& deltas, const Te
   check_loc(op, deltas, targets, {"labels", labels}, batch, n);
   check_saved(op, {"divisors", divisors}, {batch}, ScalarType::Long, {"deltas", deltas});
   check_saved(op, {"grad_loc", grad_loc}, {}, computed_in(deltas), {"deltas", deltas});
-  Tensor gradient = gradient_like(deltas);
-  const Tensor y = as_contiguous(labels), divisor = as_contiguous(divisors);
   if (is_cuda(deltas)) {
     const CudaLaunch launch(op, deltas);
-    SSD_EXT_CUDA_CALL(deltas_gradient_cuda(grad_loc.const_data_ptr(), rows_of(deltas), rows_of(targets),
-                                           y.const_data_ptr<int64_t>(), divisor.const_data_ptr<int64_t>(), loss,
-                                           gradient.mutable_data_ptr(), rows_of(gradient).strides, launch.stream));
+    const Tensor grad = cuda_input(grad_loc), d = cuda_strided_input(deltas), t = cuda_strided_input(targets);
+    const Tensor y = cuda_input(labels), divisor = cuda_input(divisors);
+    Tensor gradient = new_output_like(deltas);
+    SSD_EXT_CUDA_CALL(deltas_gradient_cuda(grad.const_data_ptr(), rows_of(d), rows_of(t), y.const_data_ptr<int64_t>(),
+                                           divisor.const_data_ptr<int64_t>(), loss, gradient.mutable_data_ptr(),
+                                           rows_of(gradient).strides, launch.stream));
     return gradient;
   }
+  Tensor gradient = zeros_like(deltas);
+  const Tensor y = as_contiguous(labels), divisor = as_contiguous(divisors);
   const double scale = value_of(grad_loc);
   dispatch_stored(deltas, [&](auto zero) {
     using S = decltype(zero);
