@@ -49,13 +49,28 @@ SSD_EXT_HD V from_int(IntOf<V> i) {
   }
 }
 
-// b where either is NaN: the rule of the x86 instruction, spelled out so that every backend keeps it.
+// b where either is NaN: the rule of the x86 instruction, spelled out so that every backend keeps it. GCC 12
+// does not find that instruction for AVX-512.
 template <class V>
 SSD_EXT_HD V min_of(V a, V b) {
+#if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64 && sizeof(ScalarOf<V>) == 4) {
+    return bit_cast<V>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+  } else if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_min_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+  }
+#endif
   return a < b ? a : b;
 }
 template <class V>
 SSD_EXT_HD V max_of(V a, V b) {
+#if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64 && sizeof(ScalarOf<V>) == 4) {
+    return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+  } else if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_max_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+  }
+#endif
   return a > b ? a : b;
 }
 
@@ -162,8 +177,7 @@ template <class V>
 SSD_EXT_HD V exp(V x) {
   constexpr bool single = std::is_same_v<ScalarOf<V>, float>;
   const V low = splat<V>(single ? -104.f : -746.0), high = splat<V>(single ? 89.f : 710.0);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = min_of(high, max_of(low, x));  // a NaN passes
   if constexpr (single) {
     return detail::exp_f32(x);
   } else {

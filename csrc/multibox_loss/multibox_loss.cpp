@@ -4,7 +4,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -146,30 +145,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   std::vector<ImageSums> sums(batch);
   dispatch_stored(logits, [&](auto zero) {
     using S = decltype(zero);
-    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-    using I = IntOf<T>;
+    using I = IntOf<std::conditional_t<std::is_same_v<S, double>, double, float>>;
     I* rank = ranks.mutable_data_ptr<I>();
     const Rows x = rows_of(logits), d = rows_of(deltas), t = rows_of(targets);
-    std::atomic<int64_t> bad{batch * n};
-    parallel_for(batch * n, kGrain, [&](int64_t begin, int64_t end) {
-      const int64_t at = SSD_EXT_SIMD_CALL(rank_rows<S>, x, label, loss, begin, end, rank);
-      if (at < end) {
-        for (int64_t known = bad; at < known && !bad.compare_exchange_weak(known, at);) {
-        }
-      }
-    });
-    if (bad < batch * n) {
-      raise(op, ": labels must be below C = ", loss.classes, ", got labels[", bad / n, ", ", bad % n,
-            "] = ", label[bad]);
-    }
+    const auto rank_roughly = [&](int64_t begin, int64_t end) {
+      SSD_EXT_SIMD_CALL(rank_roughly<S>, x, loss, begin, end, rank);
+    };
+    // With images enough for all threads, each is mined while its logits are still in the cache.
+    const bool image_by_image = batch >= 2 * int64_t(torch::stable::get_num_threads());
+    if (!image_by_image) parallel_for(batch * n, kGrain, rank_roughly);
     parallel_for(batch, 1 + kGrain / (n + 1), [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<I[]> keys(new I[n + kMostLanes]), scratch(new I[n + kMostLanes]);
+      const std::unique_ptr<I[]> keys(new I[2 * (n + kMostLanes)]);
+      const std::unique_ptr<int64_t[]> lists(new int64_t[2 * n]);
       for (int64_t b = begin; b < end; ++b) {
-        sums[b] =
-            SSD_EXT_SIMD_CALL(sum_image<T>, b, d, t, label + b * n, loss, rank + b * n, keys.get(), scratch.get());
+        if (image_by_image) rank_roughly(b * n, b * n + n);
+        sums[b] = SSD_EXT_SIMD_CALL(sum_image<S>, x, d, t, label + b * n, loss, b, rank + b * n,
+                                    {keys.get(), keys.get() + n + kMostLanes, lists.get(), lists.get() + n});
       }
     });
   });
+  for (int64_t b = 0; b < batch; ++b) {
+    if (sums[b].positives >= 0) continue;
+    const int64_t p = -1 - sums[b].positives;
+    raise(op, ": labels must be below C = ", loss.classes, ", got labels[", b, ", ", p, "] = ", label[b * n + p]);
+  }
 
   int64_t positives = 0;
   for (const ImageSums& image : sums) positives += image.positives;
@@ -202,8 +201,7 @@ Tensor zeros_like(const Tensor& like) {
   char* p = static_cast<char*>(gradient.mutable_data_ptr());
   const int64_t bytes = gradient.numel() * gradient.element_size();
   if (bytes >= kHugePages) advise_huge_pages(p, bytes);
-  parallel_for(bytes, kGrainBytes,
-               [&](int64_t begin, int64_t end) { SSD_EXT_SIMD_CALL(fill_zero, p + begin, end - begin); });
+  parallel_for(bytes, kGrainBytes, [&](int64_t begin, int64_t end) { memset(p + begin, 0, end - begin); });
   return gradient;
 }
 

@@ -22,6 +22,14 @@ constexpr IntOf<C> kAbsent = std::numeric_limits<IntOf<C>>::min();
 // kLanes = kWays: one partial sum a lane, for classes that lie side by side. kLanes = 1: a thread holds all
 // partial sums, for priors that lie side by side. All lanes of a warp call these functions together.
 
+// Adds each half of the values to the other, down to one, without an index that is not known in advance.
+template <int kHalf, class C>
+__device__ __forceinline__ void fold(C* values) {
+#pragma unroll
+  for (int j = 0; j < kHalf; ++j) values[j] += values[j + kHalf];
+  if constexpr (kHalf > 1) fold<kHalf / 2>(values);
+}
+
 template <class T, int kLanes>
 struct LogitsRow {
   using C = gpu::Compute<T>;
@@ -45,11 +53,7 @@ struct LogitsRow {
     }
     C total;
     if constexpr (kLanes == 1) {
-#pragma unroll
-      for (int half = each / 2; half > 0; half /= 2) {
-#pragma unroll
-        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-      }
+      fold<each / 2>(sums);
       total = sums[0];
     } else {
       total = sums[0];
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_kernel(const T* __restrict__
                                    lane};
     const C at_label = row[y];
     const C sum = row.sum(at_label, y) + (at_label - at_label);
-    const bool small = sum <= std::numeric_limits<C>::max();
+    const bool small = sum <= kLargestSum<C>;
     Rank<T> rank = rank_of_sum(sum);
     if (__any_sync(gpu::kFullMask, !small)) {
       const C top = row.top();
@@ -146,23 +150,17 @@ __device__ double delta_error(const Rows& deltas, const Rows& targets, int64_t i
   return element(deltas, at(deltas.strides)) - element(targets, at(targets.strides));
 }
 
-template <class Key>
-struct Shared {
-  gpu::Selection<Key> selection;
-  double loc[gpu::kSelectWarps], conf[gpu::kSelectWarps];
-};
-
 template <class C, bool kCached>
-__global__ void __launch_bounds__(gpu::kSelectThreads, 1)
-    image_kernel(IntOf<C>* ranks, const int64_t* __restrict__ labels, Rows deltas, Rows targets, Loss loss,
-                 ImageSums* __restrict__ sums) {
+__global__ void __launch_bounds__(gpu::kSelectThreads, 1) mine_kernel(IntOf<C>* ranks,                     // [B, P]
+                                                                      const int64_t* __restrict__ labels,  // [B, P]
+                                                                      mining::Mining mining) {
   using Key = typename KeyRow<C, kCached>::Key;
-  const int64_t n = loss.mining.num_priors;
+  const int64_t n = mining.num_priors;
   gpu::Smem smem;
-  Shared<Key>& shared = *smem.take<Shared<Key>>(1);
+  gpu::Selection<Key>& shared = *smem.take<gpu::Selection<Key>>(1);
   Key* const cache = smem.take<Key>(kCached ? n : 0);
 
-  for (int64_t image = blockIdx.x; image < loss.mining.batch; image += gridDim.x) {
+  for (int64_t image = blockIdx.x; image < mining.batch; image += gridDim.x) {
     IntOf<C>* const rank = ranks + image * n;
     const int64_t* const label = labels + image * n;
     const KeyRow<C, kCached> row{rank, label, cache};
@@ -173,26 +171,41 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
       negatives += label[i] == 0;
       if constexpr (kCached) cache[i] = row.made(i, label[i]);
     }
-    positives = gpu::block_sum(positives, shared.selection.positives);  // whose barrier publishes the cache, too
-    negatives = gpu::block_sum(negatives, shared.selection.negatives);
-    const int64_t k = negatives_to_mark(positives, negatives, loss.mining);
-    const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared.selection);
-    gpu::mark_largest(row, n, cut, shared.selection, [&](int64_t i, bool largest) {
+    positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
+    negatives = gpu::block_sum(negatives, shared.negatives);
+    const int64_t k = negatives_to_mark(positives, negatives, mining);
+    const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
+    gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) {
       if (!largest && label[i] <= 0) rank[i] = kAbsent<C>;
     });
-    __syncthreads();  // ranks are final
+    __syncthreads();  // everybody is done with what is shared about this image
+  }
+}
 
+template <class C>
+__global__ void __launch_bounds__(gpu::kSelectThreads, 1) sum_kernel(const IntOf<C>* __restrict__ ranks,  // [B, P]
+                                                                     const int64_t* __restrict__ labels,  // [B, P]
+                                                                     Rows deltas, Rows targets, Loss loss,
+                                                                     ImageSums* __restrict__ sums) {  // [B]
+  __shared__ int64_t counts[gpu::kSelectWarps];
+  __shared__ double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];
+  const int64_t n = loss.mining.num_priors;
+  for (int64_t image = blockIdx.x; image < loss.mining.batch; image += gridDim.x) {
+    int64_t positives = 0;
     double loc = 0, conf = 0;
     for (int64_t i = threadIdx.x; i < n; i += kSums) {
-      if (rank[i] == kAbsent<C>) continue;
-      conf += loss_of_rank<C>(rank[i]);
-      if (label[i] <= 0) continue;
-      double l[4];
-      for (int d = 0; d < 4; ++d) l[d] = smooth_l1(delta_error(deltas, targets, image, i, d), loss.beta);
-      loc += (l[0] + l[1]) + (l[2] + l[3]);
+      const IntOf<C> rank = ranks[image * n + i];
+      if (rank == kAbsent<C>) continue;
+      conf += loss_of_rank<C>(rank);
+      if (labels[image * n + i] <= 0) continue;
+      ++positives;
+      double term = 0;
+      for (int d = 0; d < 4; ++d) term += smooth_l1(delta_error(deltas, targets, image, i, d), loss.beta);
+      loc += term;
     }
-    loc = gpu::block_sum(loc, shared.loc);
-    conf = gpu::block_sum(conf, shared.conf);
+    positives = gpu::block_sum(positives, counts);
+    loc = gpu::block_sum(loc, locs);
+    conf = gpu::block_sum(conf, confs);
     if (threadIdx.x == 0) sums[image] = {positives, loc, conf};
     __syncthreads();  // everybody is done with what is shared about this image
   }
@@ -262,18 +275,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     const LogitsRow<T, kLanes> row{logits + image * strides.image + prior * strides.prior, strides.last, loss.classes,
                                    lane};
     const C sum = sum_of_rank<C>(rank), scale = C(double(*grad_conf) / double(divisors[image]));
-    C base = row[y], divisor = 1 + sum, at_label = -sum / divisor;
+    C base = row[y], factor = scale / (1 + sum), at_label = -sum * factor;
     if (__any_sync(gpu::kFullMask, kept && rank >= 0)) {
       const C top = row.top(), all = row.sum(top, -1);
       if (rank >= 0) {
         base = top;
-        divisor = all;
-        at_label = exp(row[y] - base) / divisor - 1;
+        factor = scale / all;
+        at_label = exp(row[y] - base) * factor - scale;
       }
     }
     for (int64_t c = lane; inside && c < loss.classes; c += kLanes) {
       C value = 0;
-      if (kept) value = c == y ? at_label * scale : exp(row[c] - base) / divisor * scale;
+      if (kept) value = c == y ? at_label : exp(row[c] - base) * factor;
       if (kept && !known) value = std::numeric_limits<C>::quiet_NaN();
       to[c * gradient_strides.last] = T(value);
     }
@@ -314,11 +327,14 @@ template <class C>
 void settle_images(const Rows& deltas, const Rows& targets, const int64_t* labels, const Loss& loss, void* ranks,
                    ImageSums* sums, Stream stream) {
   using Key = typename KeyRow<C, true>::Key;
-  const size_t n = size_t(loss.mining.num_priors), bare = gpu::Smem::end_of<Shared<Key>>(0, 1);
+  const size_t n = size_t(loss.mining.num_priors), bare = gpu::Smem::end_of<gpu::Selection<Key>>(0, 1);
   const bool cached = n <= gpu::kMostCachedKeys / sizeof(Key);
-  gpu::launch(cached ? image_kernel<C, true> : image_kernel<C, false>, dim3(gpu::blocks_for(loss.mining.batch, 1)),
-              dim3(gpu::kSelectThreads), cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream,
-              static_cast<IntOf<C>*>(ranks), labels, deltas, targets, loss, sums);
+  const dim3 grid(gpu::blocks_for(loss.mining.batch, 1)), block(gpu::kSelectThreads);
+  gpu::launch(cached ? mine_kernel<C, true> : mine_kernel<C, false>, grid, block,
+              cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, static_cast<IntOf<C>*>(ranks), labels,
+              loss.mining);
+  gpu::launch(sum_kernel<C>, grid, block, 0, stream, static_cast<const IntOf<C>*>(ranks), labels, deltas, targets, loss,
+              sums);
 }
 
 }  // namespace

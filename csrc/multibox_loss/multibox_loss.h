@@ -8,7 +8,7 @@
 // l + 2, l + 1; class 0 comes last (where y is not 0 itself).
 //
 // ranks[b, p] is an integer of the width of x, in the order of the losses; negatives are mined by it:
-//   sum finite and x[y] finite   bits(sum) - bits(inf) < 0, finer than the loss, which rounds to 0 for easy negatives
+//   sum <= 2^64, x[y] finite   bits(sum) - bits(inf) < 0, finer than the loss, which rounds to 0 for easy negatives
 //   else                         bits(loss) >= 0, with the loss taken from the greatest logit
 //   loss is NaN                  the greatest integer
 // Once mined, ranks of priors that are neither positive nor mined become the least integer: what remains

@@ -1,6 +1,10 @@
 // The arithmetic of ranks and of smooth L1, one for every backend; multibox_loss.h says what a rank is.
 // Included by multibox_loss.simd.h and multibox_loss.cu.
 
+// Larger sums are ranked by the loss itself: what is divided by them would lose its last digits.
+template <class T>
+constexpr T kLargestSum = T(18446744073709551616.0);  // 2^64
+
 // V is T or a vector of it.
 template <class V>
 SSD_EXT_HD IntOf<V> rank_of_sum(V sum) {
