@@ -79,7 +79,8 @@ def _mismatch(op: Op, case: Case, made: Inputs, result: Any, expected: Any) -> s
     largest = [e.abs().max().clamp(min=1e-300) for e in expected_gradients]  # gradients may be small throughout
     scaled = [g.double().div(m).to(g.dtype) for g, m in zip(gradients, largest, strict=True)]
     expected_scaled = [e / m for e, m in zip(expected_gradients, largest, strict=True)]
-    return op.mismatch(made, outputs, expected_outputs) or close(scaled, expected_scaled, op.tolerance)
+    tolerance = {dtype: 10 * limit for dtype, limit in op.tolerance.items()}
+    return op.mismatch(made, outputs, expected_outputs) or close(scaled, expected_scaled, tolerance)
 
 
 def _refuse_case(inputs: Inputs) -> Call:

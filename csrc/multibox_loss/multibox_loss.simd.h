@@ -6,10 +6,45 @@
 template <class S>
 using ComputedIn = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// ---- one row of logits --------------------------------------------------------------------------
+// ---- a rough exponential -------------------------------------------------------------------------
 
+constexpr int kMostBase = 4096;  // of class 0's logit: above, rough differences would be too rough
+
+// e^(x - base) to about one part in 500 between 2^-126 and 2^127 (2^-1022, 2^1023), beyond those bounds on the
+// right side of them; NaN stays NaN. Degree-2 minimax polynomials of 2^f, f in [0, 1) or [-1/2, 1/2]. Where there
+// are fused multiply-adds they may serve here: what is rough decides nothing by itself.
 template <class V>
-V rough_exp(V x, V base);
+inline __attribute__((always_inline)) V rough_exp(V x, V base) {
+  using T = ScalarOf<V>;
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T log2e = T(1.4426950408889634);
+#if SSD_EXT_SIMD_LEVEL == 2
+  constexpr T c0 = T(1.00172449), c1 = T(0.65763630), c2 = T(0.33718934);
+  const V scaled = base * -log2e;
+  if constexpr (single) {
+    const __m512 t = _mm512_fmadd_ps(bit_cast<__m512>(x), _mm512_set1_ps(log2e), bit_cast<__m512>(scaled));
+    const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512 p = _mm512_fmadd_ps(_mm512_fmadd_ps(f, _mm512_set1_ps(c2), _mm512_set1_ps(c1)), f, _mm512_set1_ps(c0));
+    return bit_cast<V>(_mm512_scalef_ps(p, t));
+  } else {
+    const __m512d t = _mm512_fmadd_pd(bit_cast<__m512d>(x), _mm512_set1_pd(log2e), bit_cast<__m512d>(scaled));
+    const __m512d f = _mm512_reduce_pd(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512d p =
+        _mm512_fmadd_pd(_mm512_fmadd_pd(f, _mm512_set1_pd(c2), _mm512_set1_pd(c1)), f, _mm512_set1_pd(c0));
+    return bit_cast<V>(_mm512_scalef_pd(p, t));
+  }
+#else
+  constexpr T magic = single ? T(12582912) : T(6755399441055744);  // leaves the rounded integer in the low bits
+  const V low = splat<V>(single ? T(-126) : T(-1022)), high = splat<V>(single ? T(127) : T(1023));
+  const V t = min_of(high, max_of(low, (x - base) * log2e));  // a NaN passes
+  const V z = t + magic, f = t - (z - magic);
+  const V p = (f * T(0.23842886) + T(0.70344823)) * f + T(1.00044316);
+  const auto exponent = (bit_cast<IntOf<V>>(z) << (single ? 23 : 52)) + bit_cast<IntOf<T>>(T(1));
+  return p * bit_cast<V>(exponent);
+#endif
+}
+
+// ---- one row of logits --------------------------------------------------------------------------
 
 // Sum over foreground classes c != omitted of exp(x[c] - base), in kLanes partial sums.
 template <bool kRough, class T>
@@ -170,42 +205,6 @@ inline __attribute__((always_inline)) void prefetch(const T* p, int64_t n) {
 constexpr double kPrecision = 256;  // twice as rough as the arithmetic below is
 template <class T>
 constexpr T kEnough = std::is_same_v<T, float> ? T(1e37) : T(1e307);  // rough sums stop here; NaN counts as this
-
-constexpr int kMostBase = 4096;  // of class 0's logit: above, rough differences would be too rough
-
-// e^(x - base) to about one part in 500 between 2^-126 and 2^127 (2^-1022, 2^1023), beyond those bounds on the
-// right side of them; NaN stays NaN. Degree-2 minimax polynomials of 2^f, f in [0, 1) or [-1/2, 1/2]. Where there
-// are fused multiply-adds they may serve here: what is rough decides nothing by itself.
-template <class V>
-inline __attribute__((always_inline)) V rough_exp(V x, V base) {
-  using T = ScalarOf<V>;
-  constexpr bool single = sizeof(T) == 4;
-  constexpr T log2e = T(1.4426950408889634);
-#if SSD_EXT_SIMD_LEVEL == 2
-  constexpr T c0 = T(1.00172449), c1 = T(0.65763630), c2 = T(0.33718934);
-  const V scaled = base * -log2e;
-  if constexpr (single) {
-    const __m512 t = _mm512_fmadd_ps(bit_cast<__m512>(x), _mm512_set1_ps(log2e), bit_cast<__m512>(scaled));
-    const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const __m512 p = _mm512_fmadd_ps(_mm512_fmadd_ps(f, _mm512_set1_ps(c2), _mm512_set1_ps(c1)), f, _mm512_set1_ps(c0));
-    return bit_cast<V>(_mm512_scalef_ps(p, t));
-  } else {
-    const __m512d t = _mm512_fmadd_pd(bit_cast<__m512d>(x), _mm512_set1_pd(log2e), bit_cast<__m512d>(scaled));
-    const __m512d f = _mm512_reduce_pd(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const __m512d p =
-        _mm512_fmadd_pd(_mm512_fmadd_pd(f, _mm512_set1_pd(c2), _mm512_set1_pd(c1)), f, _mm512_set1_pd(c0));
-    return bit_cast<V>(_mm512_scalef_pd(p, t));
-  }
-#else
-  constexpr T magic = single ? T(12582912) : T(6755399441055744);  // leaves the rounded integer in the low bits
-  const V low = splat<V>(single ? T(-126) : T(-1022)), high = splat<V>(single ? T(127) : T(1023));
-  const V t = min_of(high, max_of(low, (x - base) * log2e));  // a NaN passes
-  const V z = t + magic, f = t - (z - magic);
-  const V p = (f * T(0.23842886) + T(0.70344823)) * f + T(1.00044316);
-  const auto exponent = (bit_cast<IntOf<V>>(z) << (single ? 23 : 52)) + bit_cast<IntOf<T>>(T(1));
-  return p * bit_cast<V>(exponent);
-#endif
-}
 
 // Turns rough sums, or NaN, of rows whose class 0 has logits `base` into what is kept of them: bits in order.
 template <class V>
