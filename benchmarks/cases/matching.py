@@ -60,7 +60,9 @@ def _in_pixels(g):
 
 
 def _at_zero_threshold(g):
-    return {"gt_boxes": [random_boxes(3, g), torch.empty(0, 4)], "priors": _priors(20, g), "iou_threshold": 0.0}
+    """Priors that meet none of many ground truths belong to the first."""
+    boxes = [random_boxes(3, g), torch.empty(0, 4), random_boxes(70, g, high=0.1) + 1]
+    return {"gt_boxes": boxes, "priors": _priors(20, g), "iou_threshold": 0.0}
 
 
 def _ragged_pair(g):
@@ -163,7 +165,7 @@ def _torchvision_match(inputs: Inputs):
     if inputs.get("force") != "last" or inputs.get("low_threshold") or isinstance(inputs["gt_boxes"], tuple):
         raise MissingPeerError("torchvision: SSDMatcher has force='last' and one threshold only")
     priors, matcher = box_convert(inputs["priors"], "cxcywh", "xyxy"), SSDMatcher(inputs.get("iou_threshold", 0.5))
-    background = torch.full((len(priors),), -1)
+    background = torch.full((len(priors),), -1, device=priors.device)
 
     def of_image(boxes):
         return matcher(box_iou(boxes, priors)) if boxes.numel() else background
@@ -183,7 +185,7 @@ def _torchvision_targets(inputs: Inputs):
         all_labels, all_deltas = [], []
         for matched, boxes, labels in zip(match(), inputs["gt_boxes"], inputs["gt_labels"], strict=True):
             positive = matched >= 0
-            target = torch.zeros(len(priors), dtype=torch.int64)
+            target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
             target[positive] = labels[matched[positive]]
             deltas = priors.new_zeros(len(priors), 4)
             deltas[positive] = coder.encode_single(boxes[matched[positive]], priors[positive])
