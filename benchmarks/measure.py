@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.spec import Call, Case, Inputs, MissingPeerError, Op, convert
+from benchmarks.cases.spec import Call, Case, Inputs, MissingPeerError, Op, close, convert, tensors_in
 from benchmarks.timing import Clock, Timing, alternate
 
 OURS, REFERENCE, COMPILED = "ssd_ext", "reference", "torch.compile"
 SEED = 20
 
 Contenders = dict[str, Callable[[Inputs], Call]]  # name -> f(inputs) -> a call
+Bind = Callable[[Call, Inputs], Call]  # what to do around a call of the op
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,64 @@ class TooSlowError(BaseException):
 
 def contenders_of(op: Op, case: Case, plan: Plan, compiled: bool = True) -> Contenders:
     """Everybody who can run ``op``: ours, the reference, the reference compiled, the peers."""
+    bind = _binder(op, case)
     contenders: Contenders = {
-        OURS: lambda inputs: partial(op.op, **inputs),
-        REFERENCE: lambda inputs: partial(op.reference, **inputs),
+        OURS: lambda inputs: bind(partial(op.op, **inputs), inputs),
+        REFERENCE: lambda inputs: bind(partial(op.reference, **inputs), inputs),
     }
     if compiled:
-        contenders[COMPILED] = partial(_compile_reference, op, plan.compile_limit)
-    return contenders | {name: make if case.peers else _refuse_case for name, make in op.peers.items()}
+        contenders[COMPILED] = partial(_compile_reference, op, plan.compile_limit, bind)
+    for name, make in op.peers.items():
+        contenders[name] = (lambda inputs, make=make: bind(make(inputs), inputs)) if case.peers else _refuse_case
+    return contenders
+
+
+def _binder(op: Op, case: Case) -> Bind:
+    """The call alone, or with the gradients of its outputs' sum where the case has them timed."""
+
+    def with_gradients(call: Call, inputs: Inputs) -> Call:
+        leaves = [inputs[name] for name in op.differentiable]
+
+        def both():
+            outputs = call()
+            return outputs, torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
+
+        return both
+
+    return with_gradients if case.backward else lambda call, inputs: call
+
+
+def _requiring_grad(op: Op, case: Case, inputs: Inputs) -> Inputs:
+    if not case.backward:
+        return inputs
+    return inputs | {name: inputs[name].detach().requires_grad_() for name in op.differentiable}
+
+
+def _mismatch(op: Op, case: Case, made: Inputs, result: Any, expected: Any) -> str | None:
+    if not case.backward:
+        return op.mismatch(made, result, expected)
+    (outputs, gradients), (expected_outputs, expected_gradients) = result, expected
+    largest = [e.abs().max().clamp(min=1e-300) for e in expected_gradients]  # gradients may be small throughout
+    scaled = [g.double().div(m).to(g.dtype) for g, m in zip(gradients, largest, strict=True)]
+    expected_scaled = [e / m for e, m in zip(expected_gradients, largest, strict=True)]
+    tolerance = {dtype: 10 * limit for dtype, limit in op.tolerance.items()}
+    return op.mismatch(made, outputs, expected_outputs) or close(scaled, expected_scaled, tolerance)
 
 
 def _refuse_case(inputs: Inputs) -> Call:
     raise MissingPeerError("has no such case (see its description)")
 
 
-def _compile_reference(op: Op, limit: float, inputs: Inputs) -> Call:
+def _compile_reference(op: Op, limit: float, bind: Bind, inputs: Inputs) -> Call:
     torch.compiler.reset()  # each case is compiled for its own shapes
-    compiled = torch.compile(op.reference, dynamic=False)
+    call = bind(partial(torch.compile(op.reference, dynamic=False), **inputs), inputs)
     try:
         with _time_limit(limit):
             for _ in range(2):  # graph breaks may compile the rest on the second call
-                compiled(**inputs)
+                call()
     except TooSlowError:
         raise MissingPeerError(f"gave up compiling after {limit:.0f} s") from None
-    return partial(compiled, **inputs)
+    return call
 
 
 @contextlib.contextmanager
@@ -94,13 +130,14 @@ def measure(
     """One result as ``run.py --json`` writes it (see its docstring): check all, then time who is right."""
     say("reference in float64")
     made = case.make(torch.Generator().manual_seed(SEED))
-    inputs = convert(made, device=clock.device)
-    with torch.no_grad():
-        expected = op.reference(**convert(made, torch.float64))
+    inputs = _requiring_grad(op, case, convert(made, device=clock.device))
+    exact = _requiring_grad(op, case, convert(made, torch.float64))
+    with torch.set_grad_enabled(case.backward):
+        expected = _binder(op, case)(partial(op.reference, **exact), exact)()
         rows, calls = {}, {}
         for name, make in contenders.items():
             say(name)
-            rows[name], call, result = _check(op, made, inputs, make, expected, clock, plan)
+            rows[name], call, result = _check(op, case, made, inputs, make, expected, clock, plan)
             if call:
                 calls[name] = call
             if name == OURS and result is not None:
@@ -115,7 +152,7 @@ def measure(
     return result
 
 
-def _check(op, made, inputs, make, expected, clock, plan) -> tuple[dict[str, Any], Call | None, Any]:
+def _check(op, case, made, inputs, make, expected, clock, plan) -> tuple[dict[str, Any], Call | None, Any]:
     """A contender's row, its call where it is to be timed, its result where that is right."""
     try:
         call = make(inputs)
@@ -124,7 +161,7 @@ def _check(op, made, inputs, make, expected, clock, plan) -> tuple[dict[str, Any
         if clock.device == "cuda":
             torch.cuda.synchronize()
         took = perf_counter() - before
-        wrong = op.mismatch(made, convert(result, device="cpu"), expected)
+        wrong = _mismatch(op, case, made, convert(result, device="cpu"), expected)
     except (MissingPeerError, ImportError) as e:
         return {"status": "missing", "note": str(e)}, None, None
     except Exception as e:

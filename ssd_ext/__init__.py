@@ -1,7 +1,8 @@
 """Fast, exact CPU and CUDA ops for SSD and other object detectors in PyTorch.
 
 ``ssd_ext.ops`` holds the ops, ``ssd_ext.reference`` the same in plain PyTorch, ``ssd_ext.priors``
-the default boxes. ``python -m ssd_ext.env`` prints how this installation was built.
+the default boxes; ``ssd_ext.MultiBoxLoss`` is the training loss from raw ground truth.
+``python -m ssd_ext.env`` prints how this installation was built.
 """
 
 from importlib.metadata import version as _version
@@ -21,6 +22,7 @@ except ImportError as _error:
 _C.simd_level()  # a wrong SSD_EXT_SIMD is told here, not inside the first op
 
 from ssd_ext import ops, priors, reference  # noqa: E402
+from ssd_ext.loss import MultiBoxLoss  # noqa: E402
 
 __version__ = _version("ssd_ext")
-__all__ = ["__version__", "ops", "priors", "reference"]
+__all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference"]

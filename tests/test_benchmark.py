@@ -54,6 +54,20 @@ def test_ours_wrong_gets_no_speed_and_no_ratio():
     assert "WRONG" in report.summary([result])
 
 
+def test_gradients_are_checked_and_timed_where_the_case_says_so():
+    def no_gradient_of_a_corner(deltas, priors):
+        boxes = DECODE.op(deltas, priors)
+        return torch.cat([boxes[..., :3], boxes[..., 3:].detach()], -1)
+
+    case = dataclasses.replace(SMALL, backward=True)
+    op = dataclasses.replace(DECODE, peers={"planted": contender(no_gradient_of_a_corner)})
+    _, rows = measured(contenders_of(op, case, BRIEF, compiled=False), op, case)
+    assert rows[OURS]["status"] == rows[REFERENCE]["status"] == "timed"
+    assert rows["planted"]["status"] == "wrong"
+    _, rows = measured(contenders_of(op, SMALL, BRIEF, compiled=False), op)
+    assert rows["planted"]["status"] == "timed"  # its boxes are right
+
+
 def test_ours_wrong_sets_the_exit_status(monkeypatch, capsys):
     quick = dataclasses.replace(SMALL, benchmark=True, quick=True)
     monkeypatch.setattr(run, "OPS", [dataclasses.replace(DECODE, op=off_by_a_thousandth, cases=[quick])])
@@ -121,7 +135,7 @@ def test_compiling_has_a_time_limit(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", endless)
     with pytest.raises(MissingPeerError, match="gave up compiling"):
-        measuring._compile_reference(DECODE, 0.05, {})
+        measuring._compile_reference(DECODE, 0.05, lambda call, inputs: call, {})
 
 
 def test_contenders_take_turns():

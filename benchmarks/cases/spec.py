@@ -29,6 +29,8 @@ class Case:
     benchmark: bool = False  # large, timed by benchmarks/run.py (and a slow test)
     quick: bool = False  # of those, part of `run.py --quick`
     dtypes: tuple[torch.dtype, ...] = FLOATS  # dtypes in which the input makes sense
+    backward: bool = False  # the benchmark times the gradients of the outputs' sum with it
+    smooth: bool = True  # False: at a kink or a jump of the op, where finite differences mean nothing
     peers: bool = True  # False: peers crash on it or give another answer (empty, NaN, a rule of ours)
 
 
@@ -62,6 +64,7 @@ class Op:
     # agrees(inputs, result, reference in float64) -> None or what is wrong; default: `close`.
     agrees: Callable[[Inputs, Any, Any], str | None] | None = None
     differentiable: tuple[str, ...] = ()  # arguments with a gradient
+    twice_differentiable: bool = True  # False: a second derivative is refused with an error
     capturable: bool = True  # in a CUDA graph
     scaling: Callable[[int], Inputs] | None = None  # inputs for a batch of that size: `run.py --scaling`
     # An input as large as real ones that an emulated GPU can still bear, two images of SSD300; default: scaling(2).

@@ -8,6 +8,7 @@
 #error "define SSD_EXT_SIMD_FILE, then include common/for_each_simd_level.h"
 #endif
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 

@@ -49,13 +49,28 @@ SSD_EXT_HD V from_int(IntOf<V> i) {
   }
 }
 
-// b where either is NaN: the rule of the x86 instruction, spelled out so that every backend keeps it.
+// b where either is NaN: the rule of the x86 instruction, spelled out so that every backend keeps it. GCC 12
+// does not find that instruction for AVX-512.
 template <class V>
 SSD_EXT_HD V min_of(V a, V b) {
+#if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64 && sizeof(ScalarOf<V>) == 4) {
+    return bit_cast<V>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+  } else if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_min_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+  }
+#endif
   return a < b ? a : b;
 }
 template <class V>
 SSD_EXT_HD V max_of(V a, V b) {
+#if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64 && sizeof(ScalarOf<V>) == 4) {
+    return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+  } else if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_max_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+  }
+#endif
   return a > b ? a : b;
 }
 
@@ -162,8 +177,7 @@ template <class V>
 SSD_EXT_HD V exp(V x) {
   constexpr bool single = std::is_same_v<ScalarOf<V>, float>;
   const V low = splat<V>(single ? -104.f : -746.0), high = splat<V>(single ? 89.f : 710.0);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = min_of(high, max_of(low, x));  // a NaN passes
   if constexpr (single) {
     return detail::exp_f32(x);
   } else {
@@ -197,4 +211,12 @@ SSD_EXT_HD V log(V x) {
   result = x < inf ? result : x;  // inf and NaN
   result = x < zero ? splat<V>(std::numeric_limits<T>::quiet_NaN()) : result;
   return x == zero ? -inf : result;
+}
+
+// log(1 + x) for x >= 0 within 2 ulp, also where 1 + x rounds to 1; log1p(inf) = inf.
+template <class V>
+SSD_EXT_HD V log1p(V x) {
+  const V one = splat<V>(1), sum = one + x;
+  const V lost = x - (sum - one);  // what the addition rounded away
+  return sum < splat<V>(std::numeric_limits<ScalarOf<V>>::infinity()) ? log(sum) + lost / sum : x;
 }

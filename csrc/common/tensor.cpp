@@ -51,7 +51,7 @@ const char* name_of(ScalarType type) {
   }
 }
 
-static void check_device(const char* op, const Arg& arg, const Arg& like) {
+void check_device(const char* op, const Arg& arg, const Arg& like) {
   if (arg.tensor.device() != like.tensor.device()) {
     raise(op, ": ", arg.name, " must be on the device of ", like.name, ", ", device_of(like.tensor), ", got ",
           device_of(arg.tensor));
@@ -102,6 +102,11 @@ void check_variances(const char* op, const std::vector<double>& variances) {
   }
 }
 
+void check_mining(const char* op, double ratio, int64_t min_negatives) {
+  if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": ratio must be a finite number >= 0, got ", ratio);
+  if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
+}
+
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
@@ -117,8 +122,15 @@ DType dtype_of(const Tensor& t) {
 
 #if defined(SSD_EXT_EMULATE)
 
+// Elements from the first to the last one in memory.
+static int64_t span_of(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return t.numel() == 0 ? 0 : last + 1;
+}
+
 static const Tensor& declared(const Tensor& t, emulator::Content content) {
-  emulator::declare(t.const_data_ptr(), static_cast<size_t>(t.numel() * t.element_size()), content);
+  emulator::declare(t.const_data_ptr(), static_cast<size_t>(span_of(t) * t.element_size()), content);
   return t;
 }
 static const Tensor& as_input(const Tensor& t) { return declared(t, emulator::Content::input); }
@@ -151,6 +163,8 @@ Tensor cuda_input(const Tensor& t) {
   const Tensor c = as_contiguous(t);
   return as_input(reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c));
 }
+
+Tensor cuda_strided_input(const Tensor& t) { return as_input(t); }
 
 Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
   return as_output(torch::stable::new_empty(like, shape, type));

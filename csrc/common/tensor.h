@@ -60,8 +60,10 @@ struct Arg {
 void check_floating(const char* op, std::initializer_list<Arg> args);
 void check_long(const char* op, const Arg& arg, const Arg& like);  // int64, on the device of `like`
 void check_shape(const char* op, const Arg& arg, std::initializer_list<int64_t> shape, const char* expected);
+void check_device(const char* op, const Arg& arg, const Arg& like);   // on the device of `like`
 void check_fraction(const char* op, const char* name, double value);  // in [0, 1]
 void check_variances(const char* op, const std::vector<double>& variances);
+void check_mining(const char* op, double ratio, int64_t min_negatives);
 constexpr int64_t kAny = -1;  // any extent, in check_shape
 
 // ---- data -------------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ Tensor new_output_like(const Tensor& like);  // of its shape too
 // middle of another tensor may not be). Kernels touch only these and what new_output() gives: the
 // emulator holds them to it.
 Tensor cuda_input(const Tensor& t);
+Tensor cuda_strided_input(const Tensor& t);  // in place, for kernels that take strides
 
 // Calls f with a float or a double that tells the type of a compute_input.
 template <class F>

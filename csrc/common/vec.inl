@@ -42,6 +42,31 @@ inline __attribute__((always_inline)) Vec<T> iota() {
   return iota_of<T>(std::make_integer_sequence<int, kLanes<T>>{});
 }
 
+// p[0] .. p[n - 1], and `rest` in the lanes from n on; any n. Nothing else is read.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load_first(const T* p, int64_t n, T rest) {
+#if SSD_EXT_SIMD_LEVEL == 2
+  const unsigned mask = n <= 0 ? 0 : n < kLanes<T> ? (1u << n) - 1 : (1u << kLanes<T>)-1;
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_mask_loadu_ps(_mm512_set1_ps(rest), __mmask16(mask), p));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_mask_loadu_pd(_mm512_set1_pd(rest), __mmask8(mask), p));
+  }
+#elif SSD_EXT_SIMD_LEVEL == 1
+  using I = IntOf<T>;
+  const Vec<I> mask = iota<I>() < I(n < 0 ? 0 : n < kLanes<T> ? n : kLanes<T>);
+  if constexpr (sizeof(T) == 4) {
+    return mask ? bit_cast<Vec<T>>(_mm256_maskload_ps(p, bit_cast<__m256i>(mask))) : splat<Vec<T>>(rest);
+  } else {
+    return mask ? bit_cast<Vec<T>>(_mm256_maskload_pd(p, bit_cast<__m256i>(mask))) : splat<Vec<T>>(rest);
+  }
+#else
+  T lanes[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < n ? p[i] : rest;
+  return load<T>(lanes);
+#endif
+}
+
 // Bit i is lane i of a comparison's result (all ones or all zeros in each lane).
 template <class Mask>
 inline __attribute__((always_inline)) unsigned mask_bits(Mask m) {
@@ -72,19 +97,35 @@ inline __attribute__((always_inline)) unsigned greater_bits(V a, V b) {
   return mask_bits(a > b);
 }
 
-// The values at even and at odd places of two vectors, in order.
+// The blocks of kBlock lanes at even and at odd places of two vectors, in order.
 template <class V>
 struct Halves {
   V first, second;
 };
 
-template <class V, int... I>
+template <int kBlock, class V, int... I>
 inline __attribute__((always_inline)) Halves<V> even_and_odd_of(V v0, V v1, std::integer_sequence<int, I...>) {
-  return {__builtin_shufflevector(v0, v1, (2 * I)...), __builtin_shufflevector(v0, v1, (2 * I + 1)...)};
+  return {__builtin_shufflevector(v0, v1, (I + I / kBlock * kBlock)...),
+          __builtin_shufflevector(v0, v1, (I + I / kBlock * kBlock + kBlock)...)};
 }
-template <class V>
+template <int kBlock = 1, class V>
 inline __attribute__((always_inline)) Halves<V> even_and_odd(V v0, V v1) {
-  return even_and_odd_of(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(v0[0]))>{});
+  return even_and_odd_of<kBlock>(v0, v1, std::make_integer_sequence<int, int(sizeof(V) / sizeof(v0[0]))>{});
+}
+
+// The sum of the lanes of each of kLanes vectors: lane j belongs to v[j], which is lost. Within a vector
+// each half is added to the other, then the halves of that, down to one lane.
+template <class T, int kBlock = kLanes<T> / 2>
+inline __attribute__((always_inline)) Vec<T> sums_of_lanes(Vec<T>* v) {
+  for (int i = 0; i < kBlock; ++i) {
+    const auto halves = even_and_odd<kBlock>(v[2 * i], v[2 * i + 1]);
+    v[i] = halves.first + halves.second;
+  }
+  if constexpr (kBlock == 1) {
+    return v[0];
+  } else {
+    return sums_of_lanes<T, kBlock / 2>(v);
+  }
 }
 
 // Boxes in two vectors, as they lie in memory, against their two halves. With box k's four values

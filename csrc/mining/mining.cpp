@@ -1,7 +1,6 @@
 #include "mining/mining.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 
 #include "common/tensor.h"
@@ -15,14 +14,13 @@ namespace {
 constexpr int64_t kGrain = 8192;    // priors worth a thread
 constexpr int64_t kMostLanes = 16;  // of a vector of keys, at any SIMD level
 
-Mining check_mining(const char* op, const Arg& loss, const Arg& labels, double ratio, int64_t min_negatives) {
+Mining check_call(const char* op, const Arg& loss, const Arg& labels, double ratio, int64_t min_negatives) {
   check_floating(op, {loss});
   check_shape(op, loss, {kAny, kAny}, "[B, P]");
   const int64_t batch = loss.tensor.size(0), num_priors = loss.tensor.size(1);
   check_long(op, labels, loss);
   check_shape(op, labels, {batch, num_priors}, ("of the shape of loss, " + shape_of(loss.tensor)).c_str());
-  if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": ratio must be a finite number >= 0, got ", ratio);
-  if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
+  check_mining(op, ratio, min_negatives);
   if (is_cuda(loss.tensor) && num_priors > kMostPriorsCuda) {
     raise(op, ": loss must have at most ", kMostPriorsCuda, " priors on CUDA, got ", shape_of(loss.tensor));
   }
@@ -31,7 +29,7 @@ Mining check_mining(const char* op, const Arg& loss, const Arg& labels, double r
 
 Tensor hard_negatives_op(const Tensor& loss, const Tensor& labels, double ratio, int64_t min_negatives) {
   const char* op = "hard_negatives";
-  const Mining mining = check_mining(op, {"loss", loss}, {"labels", labels}, ratio, min_negatives);
+  const Mining mining = check_call(op, {"loss", loss}, {"labels", labels}, ratio, min_negatives);
   Tensor mask = new_output(loss, {mining.batch, mining.num_priors}, ScalarType::Bool);
   if (mask.numel() == 0) return mask;
   if (is_cuda(loss)) {

@@ -9,6 +9,7 @@ autocast floating inputs are cast to float32, and floating outputs are float32.
 from ssd_ext.ops.boxes import box_iou, decode, encode
 from ssd_ext.ops.matching import assign_targets, match
 from ssd_ext.ops.mining import hard_negatives
+from ssd_ext.ops.multibox_loss import multibox_loss
 from ssd_ext.ops.nms import batched_nms, nms, nms_padded
 from ssd_ext.ops.soft_nms import soft_nms, soft_nms_padded
 
@@ -20,6 +21,7 @@ __all__ = [
     "encode",
     "hard_negatives",
     "match",
+    "multibox_loss",
     "nms",
     "nms_padded",
     "soft_nms",

@@ -6,6 +6,7 @@ Same names and results; the same arguments, but for those that only check. Nothi
 from ssd_ext.reference.boxes import box_iou, decode, encode
 from ssd_ext.reference.matching import assign_targets, match
 from ssd_ext.reference.mining import hard_negatives
+from ssd_ext.reference.multibox_loss import multibox_loss
 from ssd_ext.reference.nms import batched_nms, nms, nms_padded
 from ssd_ext.reference.soft_nms import soft_nms, soft_nms_padded
 
@@ -17,6 +18,7 @@ __all__ = [
     "encode",
     "hard_negatives",
     "match",
+    "multibox_loss",
     "nms",
     "nms_padded",
     "soft_nms",

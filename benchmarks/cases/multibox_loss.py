@@ -1,0 +1,300 @@
+"""multibox_loss."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.cases.inputs import ssd300_priors
+from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op
+from ssd_ext import ops, reference
+
+
+def _images(batch, n, classes, g, positives=0.02, ignored=0.0, background=3.0):
+    """Outputs of a half-trained SSD: background stands out by ``background``, the label of an object by 2."""
+    draw = torch.rand(batch, n, generator=g)
+    foreground = torch.randint(1, classes, (batch, n), generator=g) if classes > 1 else torch.zeros(batch, n).long()
+    labels = torch.where(draw < positives, foreground, torch.where(draw < positives + ignored, -1, 0))
+    logits = torch.randn(batch, n, classes, generator=g)
+    logits[..., 0] += background
+    logits.scatter_add_(2, labels.clamp(min=0)[..., None], torch.full((batch, n, 1), 2.0))
+    targets = torch.where(labels[..., None] > 0, torch.randn(batch, n, 4, generator=g), 0)
+    deltas = targets + torch.randn(batch, n, 4, generator=g) * 0.8
+    return {"deltas": deltas, "logits": logits, "target_deltas": targets, "labels": labels}
+
+
+def _random(name, batch, n, classes, positives=0.1, ignored=0.05, peers=True, **arguments):
+    def make(g):
+        return {**_images(batch, n, classes, g, positives, ignored), **arguments}
+
+    # The peers know no ignored priors, and count positives twice where negatives run out.
+    return Case(name, make, peers=peers and not ignored and positives < 0.2)
+
+
+def _changed(name, change, smooth=False, peers=False, dtypes=None, **arguments):
+    def make(g):
+        inputs = _images(3, 90, 21, g, positives=0.1)
+        change(**inputs)
+        return {**inputs, **arguments}
+
+    return Case(name, make, peers=peers, smooth=smooth, **({"dtypes": dtypes} if dtypes else {}))
+
+
+def _nan_rows(logits, labels, **_):
+    logits[0, 7] = math.nan
+    labels[0, 7] = 0
+    logits[1, 11] = math.nan
+    labels[1, 11] = -1  # not seen
+    logits[2, 13, 20] = -math.nan
+    labels[2, 13] = 5
+
+
+def _nan_unmined(logits, labels, **_):
+    labels[0] = 0
+    logits[0, 7] = math.nan
+
+
+def _infinite(value, column, label):
+    def change(logits, labels, **_):
+        logits[1, 17, column] = value
+        labels[1, 17] = label
+
+    return change
+
+
+def _masked_classes(logits, labels, **_):
+    logits[:, :, 3:6] = -math.inf
+    labels[(labels >= 3) & (labels < 6)] = 7
+
+
+def _confident(logits, **_):
+    logits *= 40
+
+
+def _spread(logits, **_):
+    logits *= 300
+
+
+def _ties(logits, **_):
+    logits.copy_((logits * 2).round() / 2)
+
+
+def _broken_deltas(deltas, target_deltas, labels, **_):
+    labels[:, ::9] = 1
+    deltas[0, 0], deltas[0, 9] = 500.0, -500.0
+    deltas[1, 1] = math.nan
+    labels[1, 1] = 0  # not seen
+    target_deltas[2, 1] = math.inf
+    labels[2, 1] = -1
+
+
+def _nan_delta(deltas, labels, **_):
+    labels[0, 3] = 2
+    deltas[0, 3, 1] = math.nan
+
+
+def _class_major(g):
+    inputs = _images(3, 45, 21, g, positives=0.1)
+    inputs["logits"] = inputs["logits"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["deltas"] = inputs["deltas"].transpose(0, 1).contiguous().transpose(0, 1)
+    return inputs
+
+
+def _sliced(g):
+    inputs = _images(6, 64, 30, g, positives=0.1)
+    inputs["labels"].clamp_(max=13)
+    inputs = {k: v[::2, 1::3] for k, v in inputs.items()}
+    return {**inputs, "logits": inputs["logits"][..., 2:16]}
+
+
+def _expanded(g):
+    one = _images(1, 40, 9, g, positives=0.1)
+    return {k: v.expand(4, *v.shape[1:]) for k, v in one.items()}
+
+
+def _share(batch, g):
+    """As many positives an image as COCO gives: 0.3 to 3 % of the priors, 1.3 % in the middle."""
+    return 0.003 + 0.027 * torch.rand(batch, 1, generator=g) ** 1.5
+
+
+def _detector(name, batch, n=8732, classes=81, backward=False, quick=False, **kwargs):
+    def make(g):
+        return _images(batch, n, classes, g, positives=_share(batch, g), **kwargs)
+
+    name += ", backward too" if backward else ""
+    return Case(name, make, benchmark=True, quick=quick, backward=backward)
+
+
+def _call(**changed):
+    def make():
+        inputs = {
+            "deltas": torch.rand(2, 5, 4),
+            "logits": torch.rand(2, 5, 3),
+            "target_deltas": torch.rand(2, 5, 4),
+            "labels": torch.zeros(2, 5, dtype=torch.int64),
+        }
+        return {**inputs, **changed}
+
+    return make
+
+
+def _label(value):
+    labels = torch.zeros(2, 5, dtype=torch.int64)
+    labels[1, 3] = value
+    return labels
+
+
+def _plain(inputs: Inputs):
+    """The four tensors, for peers that do no more than the default."""
+    inputs = dict(inputs)
+    tensors = [inputs.pop(name) for name in ("deltas", "logits", "target_deltas", "labels")]
+    if inputs:
+        raise MissingPeerError(f"has no {', '.join(inputs)}")
+    return tensors
+
+
+def _torchvision(inputs: Inputs):
+    """torchvision's SSD.compute_loss, its matches and boxes made from labels and targets."""
+    try:
+        from torchvision.models.detection.ssd import SSD
+    except ImportError as e:
+        raise MissingPeerError(f"torchvision: {e}") from e
+    deltas, logits, target_deltas, labels = _plain(inputs)
+    priors = ssd300_priors()[: logits.shape[1]].to(deltas.device)
+    if len(priors) < logits.shape[1]:
+        raise MissingPeerError("this case has more priors than SSD300")
+    boxes = ops.decode(target_deltas, priors, clip=math.inf)
+    anchors = torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], 1)
+    matches = torch.full_like(labels, -1)
+    targets = []
+    for b, image in enumerate(labels):
+        (positive,) = (image > 0).nonzero(as_tuple=True)
+        matches[b, positive] = torch.arange(len(positive), device=labels.device)
+        targets.append({"boxes": boxes[b, positive], "labels": image[positive]})
+    from torchvision.models.detection._utils import BoxCoder
+
+    model = SimpleNamespace(box_coder=BoxCoder((10.0, 10.0, 5.0, 5.0)), neg_to_pos_ratio=3)
+    heads = {"bbox_regression": deltas, "cls_logits": logits.contiguous()}  # it takes no other layout
+
+    def call():
+        losses = SSD.compute_loss(model, targets, heads, [anchors] * len(targets), matches)
+        return losses["bbox_regression"], losses["classification"]
+
+    return call
+
+
+def _tuned_loss(deltas, logits, target_deltas, labels):
+    """What one writes with care: no loop over images, one cross-entropy, a batched top-k, no synchronisation."""
+    positive = labels > 0
+    counts = positive.sum(1, keepdim=True)
+    total = counts.sum().clamp(min=1)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    candidates = losses.detach().masked_fill(positive, -math.inf)
+    most = min(labels.shape[1], 1 + int(0.15 * labels.shape[1])) if labels.shape[1] > 1000 else labels.shape[1]
+    index = candidates.topk(most, dim=1).indices
+    wanted = torch.arange(most, device=labels.device) < torch.minimum(3 * counts, labels.shape[1] - counts)
+    selected = positive.scatter(1, index, wanted | positive.gather(1, index))
+    conf = (losses * selected).sum() / total
+    loc = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(-1)
+    return (loc * positive).sum() / total, conf
+
+
+def _tuned(inputs: Inputs):
+    tensors = _plain(inputs)
+    return lambda: _tuned_loss(*tensors)
+
+
+def _tuned_compiled(inputs: Inputs):
+    tensors = _plain(inputs)
+    if tensors[1].numel() < 100_000:
+        raise MissingPeerError("not worth compiling for so small a case")
+    torch.compiler.reset()
+    compiled = torch.compile(_tuned_loss, dynamic=False)
+    leaves = [t for t in tensors if t.requires_grad]
+    for _ in range(2):
+        losses = compiled(*tensors)
+        if leaves:
+            torch.autograd.grad(sum(losses), leaves)
+    return lambda: compiled(*tensors)
+
+
+MULTIBOX_LOSS = Op(
+    name="multibox_loss",
+    op=ops.multibox_loss,
+    reference=reference.multibox_loss,
+    schema="multibox_loss",
+    cases=[
+        _random("B=3 P=90 C=21", 3, 90, 21),
+        _random("none ignored", 3, 90, 21, ignored=0.0),
+        _random("P=1", 7, 1, 4, positives=0.5),
+        _random("P=17 C=2", 3, 17, 2),
+        _random("C=1", 2, 20, 1),
+        _random("C=1000", 2, 40, 1000, ignored=0.0),
+        *(_random(f"C={c}", 1, 33, c) for c in (3, 16, 17, 18, 33, 81)),
+        _random("P=2500", 1, 2500, 3),
+        Case("P=0", lambda g: _images(3, 0, 5, g), peers=False),
+        Case("B=0", lambda g: _images(0, 7, 5, g), peers=False),
+        _random("no positive", 3, 50, 7, positives=0.0),
+        _random("no positive, some wanted", 3, 50, 7, positives=0.0, min_negatives=4),
+        _random("all positive", 3, 50, 7, positives=1.0, min_negatives=4),
+        _random("all ignored", 3, 50, 7, positives=0.0, ignored=1.0, min_negatives=4),
+        _random("an image each", 5, 60, 7, normalize="image"),
+        _random("an image each, some without positives", 9, 20, 7, positives=0.03, normalize="image"),
+        _random("ratio 0", 3, 50, 7, ratio=0.0),
+        _random("ratio beyond integers", 3, 50, 7, ratio=1e300),
+        _random("alpha and beta", 3, 50, 7, alpha=0.3, beta=0.2),
+        Case("L1", lambda g: {**_images(3, 50, 7, g, 0.1), "beta": 0.0}, peers=False),
+        _changed("all logits equal", lambda logits, **_: logits.fill_(0.25)),
+        _changed("ties at the cut", _ties),
+        _changed("ties at the cut, half wanted", _ties, min_negatives=40),
+        _changed("confident logits", _confident),
+        _changed("logits of 300", _spread),
+        _changed("classes at -inf", _masked_classes),
+        _changed("NaN rows", _nan_rows),
+        _changed("a NaN row in an image that mines nothing", _nan_unmined),
+        _changed("inf foreground", _infinite(math.inf, 4, 0)),
+        _changed("inf background", _infinite(math.inf, 0, 0), min_negatives=90),
+        _changed("inf label", _infinite(math.inf, 4, 4)),
+        _changed("-inf label", _infinite(-math.inf, 4, 4)),
+        _changed("-inf background", _infinite(-math.inf, 0, 0)),
+        _changed("deltas of 500", _broken_deltas),
+        _changed("a NaN delta", _nan_delta),
+        Case("class-major", _class_major),
+        Case("sliced", _sliced, peers=False),
+        Case("expanded", _expanded),
+        _detector("SSD300 B=1", 1),
+        _detector("SSD300 B=8", 8, quick=True),
+        _detector("SSD300 B=32", 32),
+        _detector("SSD300 B=8", 8, backward=True, quick=True),
+        _detector("SSD300 B=32", 32, backward=True),
+        _detector("SSD300 B=32 C=21", 32, classes=21),
+        _detector("SSD300 B=32 C=21", 32, classes=21, backward=True),
+        _detector("SSD512 B=8", 8, n=24564),
+        _detector("SSD300 B=8, untrained", 8, background=0.0),
+    ],
+    errors=[
+        ErrorCase("one image", _call(logits=torch.rand(5, 3)), r"logits must be \[B, P, C\], got \[5, 3\]"),
+        ErrorCase("no class", _call(logits=torch.rand(2, 5, 0)), r"at least the background class, got \[2, 5, 0\]"),
+        ErrorCase("labels of another P", _call(labels=_label(0)[:, :4]), r"labels must be .* \[2, 5\], got \[2, 4\]"),
+        ErrorCase("labels int32", _call(labels=_label(0).int()), r"labels must be int64, got int32"),
+        ErrorCase("not boxes", _call(deltas=torch.rand(2, 5, 3)), r"deltas must be .* \[2, 5, 4\], got \[2, 5, 3\]"),
+        ErrorCase("targets of another P", _call(target_deltas=torch.rand(2, 6, 4)), r"target_deltas.*got \[2, 6, 4\]"),
+        ErrorCase("integer logits", _call(logits=torch.zeros(2, 5, 3).long()), r"logits must be float32.*got int64"),
+        ErrorCase("integer deltas", _call(deltas=torch.zeros(2, 5, 4).long()), r"deltas must be float32.*got int64"),
+        ErrorCase("label C", _call(labels=_label(3)), r"below C = 3, got labels\[1, 3\] = 3"),
+        ErrorCase("a huge label", _call(labels=_label(2**40)), r"below C = 3, got labels\[1, 3\] = 1099511627776"),
+        ErrorCase("negative ratio", _call(ratio=-0.5), r"ratio must be a finite number >= 0, got -0.5"),
+        ErrorCase("NaN ratio", _call(ratio=math.nan), r"ratio must be a finite number >= 0, got nan"),
+        ErrorCase("negative count", _call(min_negatives=-1), r"min_negatives must be >= 0, got -1"),
+        ErrorCase("infinite alpha", _call(alpha=math.inf), r"alpha must be finite, got inf"),
+        ErrorCase("negative beta", _call(beta=-1.0), r"beta must be a finite number >= 0, got -1"),
+        ErrorCase("unknown normalize", _call(normalize="sum"), r"one of 'batch', 'image', got 'sum'"),
+    ],
+    peers={"torchvision": _torchvision, "tuned": _tuned, "tuned, torch.compile": _tuned_compiled},
+    differentiable=("deltas", "logits"),
+    twice_differentiable=False,
+    scaling=lambda batch: _detector("", batch).make(torch.Generator().manual_seed(batch)),
+)
+
+OPS = [MULTIBOX_LOSS]

@@ -1,0 +1,101 @@
+"""The training loss from raw ground truth: MultiBoxLoss."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ssd_ext import ops
+from ssd_ext.ops.matching import Ragged
+
+
+class MultiBoxLoss(nn.Module):
+    """:func:`ssd_ext.ops.assign_targets`, then :func:`ssd_ext.ops.multibox_loss`.
+
+    Args:
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, kept as a buffer that moves with the module and
+            is not in its state; None to give them with each call.
+        iou_threshold: of a match; see :func:`ssd_ext.ops.match`.
+        low_threshold: if given, priors whose best IoU is from here up to ``iou_threshold`` are ignored.
+        force: ``"bipartite"`` (the paper's), ``"last"`` (torchvision's) or ``"none"``.
+        variances: of centre and size, those of the decoder.
+        ratio: negatives for each positive.
+        min_negatives: negatives that count in every image, even in one without objects.
+        alpha: weight of the box loss.
+        beta: where smooth L1 passes from square to line.
+        normalize: ``"batch"`` or ``"image"``; see :func:`ssd_ext.ops.multibox_loss`.
+        validate: raise for a ground truth that cannot be matched or whose label is not in ``1..C - 1``. This
+            synchronises with a GPU.
+
+    Raises:
+        ValueError: as the two ops do; no priors, or priors given twice.
+        RuntimeError: a second derivative is asked for.
+
+    Source: Liu et al., SSD (2016), sections 2.2 and eq. 1 to 3.
+    """
+
+    def __init__(
+        self,
+        priors: Tensor | None = None,
+        *,
+        iou_threshold: float = 0.5,
+        low_threshold: float | None = None,
+        force: str = "bipartite",
+        variances: tuple[float, float] = (0.1, 0.2),
+        ratio: float = 3.0,
+        min_negatives: int = 0,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        normalize: str = "batch",
+        validate: bool = False,
+    ):
+        """See the class for the arguments."""
+        super().__init__()
+        self.register_buffer("priors", priors, persistent=False)
+        self.validate = validate
+        self.matching = {
+            "iou_threshold": iou_threshold,
+            "low_threshold": low_threshold,
+            "force": force,
+            "variances": variances,
+        }
+        self.loss = {
+            "ratio": ratio,
+            "min_negatives": min_negatives,
+            "alpha": alpha,
+            "beta": beta,
+            "normalize": normalize,
+        }
+
+    def forward(
+        self,
+        deltas: Tensor,
+        logits: Tensor,
+        gt_boxes: Ragged,
+        gt_labels: Sequence[Tensor] | Tensor,
+        priors: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``(loc, conf)``: two scalars, to be added up.
+
+        Args:
+            deltas: ``[B, P, 4]`` predicted box offsets.
+            logits: ``[B, P, C]`` class scores before the softmax; class 0 is background.
+            gt_boxes: corners ``(x1, y1, x2, y2)`` in the units and dtype of the priors: a list of ``[G_b, 4]``
+                tensors, one an image, or ``(boxes[G, 4], offsets[B + 1])``. An image may have none.
+            gt_labels: int64, ``1..C - 1``: a list of ``[G_b]`` tensors, or ``[G]`` beside ``(boxes, offsets)``.
+            priors: ``[P, 4]``, where the module has none.
+        """
+        if (priors is None) == (self.priors is None):
+            raise ValueError("priors must be given to MultiBoxLoss or to its call, and not to both")
+        labels, targets = ops.assign_targets(
+            gt_boxes,
+            gt_labels,
+            self.priors if priors is None else priors,
+            validate=self.validate,
+            num_classes=logits.shape[2] if self.validate else None,
+            **self.matching,
+        )
+        return ops.multibox_loss(deltas, logits, targets, labels, **self.loss)
+
+    def extra_repr(self) -> str:
+        """All settings, for ``print``."""
+        return ", ".join(f"{name}={value!r}" for name, value in {**self.matching, **self.loss}.items())

@@ -1,0 +1,281 @@
+"""multibox_loss and MultiBoxLoss beyond what the generic suite asks of every op."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import SIMD_LEVELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import assert_same_bits
+
+from benchmarks.cases.inputs import ssd300_priors, synthetic_gts
+from benchmarks.cases.multibox_loss import MULTIBOX_LOSS
+from benchmarks.cases.spec import FLOATS, close, convert
+from ssd_ext import MultiBoxLoss, ops, reference
+
+CASES = [pytest.param(case, id=case.name) for case in MULTIBOX_LOSS.cases if not case.benchmark]
+
+
+def gradients(op, weights=(1.0, 1.0), **inputs):
+    """Of weights[0] * loc + weights[1] * conf, in deltas and logits."""
+    leaves = [inputs[name].detach().clone().requires_grad_() for name in ("deltas", "logits")]
+    loc, conf = op(**{**inputs, "deltas": leaves[0], "logits": leaves[1]})
+    return torch.autograd.grad(weights[0] * loc + weights[1] * conf, leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_agree_with_float64_reference(case, device, generator):
+    made = case.make(generator)
+    count = max(1, int((made["labels"] > 0).sum()))  # undoes the division, so that rows have gradients about 1
+    for dtype in FLOATS:
+        inputs = convert(made, dtype)
+        found = gradients(ops.multibox_loss, (count, -0.5 * count), **convert(inputs, device=device))
+        expected = gradients(reference.multibox_loss, (count, -0.5 * count), **convert(inputs, torch.float64))
+        for name, f, e in zip(("deltas", "logits"), found, expected, strict=True):
+            assert f.dtype == dtype
+            assert f.shape == e.shape
+            # A tie of exact losses that rounding parts, or the other way round, may go to another row; the sum
+            # of the losses does not tell, and the cases named so are looked at by test_selects_as_hard_negatives.
+            if name == "logits" and "ties" in case.name:
+                continue
+            wrong = close(f, e, {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 2e-3, torch.bfloat16: 1e-2})
+            assert wrong is None, f"{dtype}, {name}: {wrong}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_have_the_same_bits_for_every_simd_level_and_thread_count(case, simd, threads, generator):
+    made = case.make(generator)
+    for dtype in FLOATS:
+        inputs = convert(made, dtype)
+        expected = gradients(ops.multibox_loss, **inputs)
+        for level in SIMD_LEVELS:
+            for count in (1, 3):
+                simd(level)
+                threads(count)
+                assert_same_bits(gradients(ops.multibox_loss, **inputs), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_gives_the_cpu_gradients(case, gpu, generator):
+    made = case.make(generator)
+    for dtype in FLOATS:
+        inputs = convert(made, dtype)
+        found = gpu(partial(gradients, ops.multibox_loss), inputs)
+        assert_same_bits(found, gradients(ops.multibox_loss, **inputs))
+
+
+def selected(logits, labels, device="cpu", **arguments):
+    """``[B, P]``: whose logits have a gradient."""
+    zeros = torch.zeros(*labels.shape, 4, dtype=logits.dtype)
+    inputs = {"deltas": zeros, "logits": logits, "target_deltas": zeros, "labels": labels}
+    _, gradient = gradients(ops.multibox_loss, **convert(inputs, device=device), **arguments)
+    return (gradient != 0).any(-1).cpu()
+
+
+@pytest.mark.parametrize("spread", [1, 10, 100])
+@pytest.mark.parametrize("min_negatives", [0, 37, 150, 299])
+def test_selects_as_hard_negatives(spread, min_negatives, device, generator):
+    """The exact losses, in float64, part all rows here by more than float32 rounds away."""
+    logits = torch.randn(3, 300, 21, generator=generator) * spread
+    labels = torch.where(torch.rand(3, 300, generator=generator) < 0.05, 4, 0)
+    losses = -logits.double().log_softmax(-1)[..., 0]
+    mask = reference.hard_negatives(losses, labels, 3.0, min_negatives)
+    found = selected(logits, labels, device, min_negatives=min_negatives)
+    # a loss below what float32 holds has no gradient either
+    told = losses > 1e-30
+    assert torch.equal(found & told, (mask | (labels > 0)) & told)
+
+
+def test_lowest_prior_wins_a_tie(device):
+    logits = torch.zeros(1, 50, 5)
+    logits[0, 20, 3] = 1
+    labels = torch.zeros(1, 50, dtype=torch.int64)
+    for wanted, expected in [(1, [20]), (3, [0, 1, 20]), (49, list(range(49)))]:
+        assert selected(logits, labels, device, min_negatives=wanted)[0].nonzero().flatten().tolist() == expected
+
+
+def test_losses_that_round_to_zero_are_told_apart(device):
+    logits = torch.zeros(1, 40, 3)
+    logits[..., 0] = 40.0 - torch.arange(40) % 7  # every loss is below 1e-14, and log(1 + it) is 0 in float32
+    labels = torch.zeros(1, 40, dtype=torch.int64)
+    kept = selected(logits, labels, device, min_negatives=7)[0].nonzero().flatten().tolist()
+    assert kept == [5, 6, 12, 13, 20, 27, 34]
+
+
+VALUES = [0.0, -0.0, 1.0, 2.5, -3.0, 44.3, 60.0, -90.0, 88.7, 130.0, 5000.0, -1e30, 3e38, math.inf, -math.inf, math.nan]
+
+
+@st.composite
+def images(draw):
+    batch, n, classes = draw(st.integers(1, 2)), draw(st.integers(1, 24)), draw(st.integers(1, 20))
+    count = batch * n
+    logits = draw(st.lists(st.sampled_from(VALUES), min_size=count * classes, max_size=count * classes))
+    labels = draw(st.lists(st.integers(-2, classes - 1), min_size=count, max_size=count))
+    rows = torch.tensor(draw(st.lists(st.sampled_from(VALUES), min_size=4 * count, max_size=4 * count)))
+    return {
+        "deltas": rows.view(batch, n, 4),
+        "logits": torch.tensor(logits).view(batch, n, classes),
+        "target_deltas": torch.zeros(batch, n, 4),
+        "labels": torch.tensor(labels).view(batch, n),
+        "ratio": draw(st.sampled_from([0.0, 0.5, 3.0])),
+        "min_negatives": draw(st.sampled_from([0, 2, 20])),
+        "normalize": draw(st.sampled_from(["batch", "image"])),
+    }
+
+
+@settings(deadline=None, max_examples=300)
+@given(images())
+def test_hostile_numbers(inputs):
+    """Of one mind with float64, NaN for NaN and infinity for infinity."""
+    results = ops.multibox_loss(**inputs)
+    expected = reference.multibox_loss(**convert(inputs, torch.float64))
+    wrong = close(results, expected, {torch.float32: 1e-5})
+    assert wrong is None, wrong
+    gradients(ops.multibox_loss, **inputs)
+
+
+def test_by_hand(device):
+    logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0], [1.0, 0.0, 0.0]]], device=device)
+    labels = torch.tensor([[0, 1, 0, -1]], device=device)
+    deltas = torch.tensor([[[9.0] * 4, [0.5, -2.0, 0.0, 1.0], [9.0] * 4, [9.0] * 4]], device=device)
+    loc, conf = ops.multibox_loss(deltas, logits, torch.zeros_like(deltas), labels, ratio=1.0, alpha=2.0)
+    assert loc.item() == pytest.approx(2 * (0.125 + 1.5 + 0 + 0.5))
+    positive = math.log(1 + 2 * math.exp(-1))
+    mined = math.log(2 + math.exp(3))  # prior 2: the other negative is easier, prior 3 ignored
+    assert conf.item() == pytest.approx(positive + mined)
+
+
+@pytest.mark.parametrize("normalize", ["batch", "image"])
+def test_dividing(normalize, device):
+    """Two images of 1 and 3 positives whose priors are all alike."""
+    logits = torch.zeros(2, 8, 2, device=device)
+    labels = torch.tensor([[1] + [0] * 7, [1] * 3 + [0] * 5], device=device)
+    deltas = torch.ones(2, 8, 4, device=device)
+    loc, conf = ops.multibox_loss(deltas, logits, torch.zeros_like(deltas), labels, ratio=1.0, normalize=normalize)
+    assert loc.item() == pytest.approx(2.0)
+    assert conf.item() == pytest.approx(2 * math.log(2))
+    labels[0] = 0  # nothing counts in an image without positives, unless min_negatives says so
+    loc, conf = ops.multibox_loss(
+        deltas, logits, torch.zeros_like(deltas), labels, ratio=0.0, min_negatives=2, normalize=normalize
+    )
+    assert loc.item() == pytest.approx(2.0 if normalize == "batch" else 1.0)
+    terms = 7 / 3 if normalize == "batch" else (2 + 5 / 3) / 2
+    assert conf.item() == pytest.approx(terms * math.log(2))
+
+
+def test_without_objects_the_loss_is_zero_and_differentiable(device):
+    inputs = convert(
+        next(c for c in MULTIBOX_LOSS.cases if c.name == "no positive").make(torch.Generator()), device=device
+    )
+    assert [x.item() for x in ops.multibox_loss(**inputs)] == [0, 0]
+    assert not any(g.any() for g in gradients(ops.multibox_loss, **inputs))
+
+
+def test_dtypes_may_differ(device, generator):
+    inputs = MULTIBOX_LOSS.cases[0].make(generator)
+    mixed = {**inputs, "logits": inputs["logits"].bfloat16(), "deltas": inputs["deltas"].double()}
+    loc, conf = ops.multibox_loss(**convert(mixed, device=device))
+    assert (loc.dtype, conf.dtype) == (torch.float64, torch.float32)
+    assert close((loc, conf), reference.multibox_loss(**convert(mixed, torch.float64)), MULTIBOX_LOSS.tolerance) is None
+    found = gradients(ops.multibox_loss, **mixed)
+    assert [g.dtype for g in found] == [torch.float64, torch.bfloat16]
+
+
+def test_gradient_has_the_layout_of_the_logits(generator):
+    inputs = next(c for c in MULTIBOX_LOSS.cases if c.name == "class-major").make(generator)
+    _, gradient = gradients(ops.multibox_loss, **inputs)
+    assert gradient.stride() == inputs["logits"].stride()
+    _, expected = gradients(ops.multibox_loss, **{k: v.contiguous() for k, v in inputs.items()})
+    assert_same_bits(gradient, expected)
+
+
+def test_one_of_two_losses(device, generator):
+    inputs = MULTIBOX_LOSS.cases[0].make(generator)
+    deltas, logits = (inputs[name].to(device).requires_grad_() for name in ("deltas", "logits"))
+    loc, conf = ops.multibox_loss(deltas, logits, inputs["target_deltas"].to(device), inputs["labels"].to(device))
+    loc.backward(retain_graph=True)
+    assert deltas.grad.any()
+    assert logits.grad is None or not logits.grad.any()
+    conf.backward()
+    assert logits.grad.any()
+
+
+def test_targets_are_constants(generator):
+    inputs = MULTIBOX_LOSS.cases[0].make(generator)
+    inputs["target_deltas"].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient for target_deltas"):
+        sum(ops.multibox_loss(**inputs)).backward()
+
+
+def test_a_label_that_is_no_class_shows_on_a_gpu(gpu, generator):
+    inputs = MULTIBOX_LOSS.cases[0].make(generator)
+    inputs["labels"][1, 7] = 21
+    loc, conf = gpu(ops.multibox_loss, inputs)
+    assert torch.isfinite(loc)
+    assert torch.isnan(conf)
+    _, gradient = gpu(partial(gradients, ops.multibox_loss), inputs)
+    assert gradient[1, 7].isnan().all()
+    gradient[1, 7] = 0
+    assert torch.isfinite(gradient).all()
+
+
+# ---- MultiBoxLoss -------------------------------------------------------------------------------
+
+
+def ground_truth(generator):
+    boxes, labels = synthetic_gts(4, generator)
+    boxes[2], labels[2] = boxes[2][:0], labels[2][:0]  # an image without objects
+    return boxes, labels
+
+
+@pytest.mark.parametrize("normalize", ["batch", "image"])
+def test_module_from_raw_ground_truth(normalize, device, generator):
+    boxes, labels = ground_truth(generator)
+    priors = ssd300_priors()[::40].contiguous()
+    deltas, logits = (
+        torch.randn(4, len(priors), 4, generator=generator),
+        torch.randn(4, len(priors), 81, generator=generator),
+    )
+    module = MultiBoxLoss(priors, force="last", alpha=0.5, normalize=normalize, validate=True).to(device)
+    assert not module.state_dict()
+    assert "force='last'" in repr(module)
+    on = partial(convert, device=device)
+    losses = module(on(deltas), on(logits), on(boxes), on(labels))
+    target_labels, targets = reference.assign_targets(boxes, labels, priors, force="last")
+    expected = reference.multibox_loss(
+        *convert([deltas, logits, targets], torch.float64), target_labels, alpha=0.5, normalize=normalize
+    )
+    assert close(losses, expected, {torch.float32: 1e-5}) is None
+    offsets = torch.tensor([0, *[len(b) for b in boxes]]).cumsum(0)
+    flat = (on(torch.cat(boxes)), on(offsets))
+    per_call = MultiBoxLoss(force="last", alpha=0.5, normalize=normalize)
+    assert_same_bits(per_call(on(deltas), on(logits), flat, on(torch.cat(labels)), on(priors)), losses)
+
+
+def test_module_trains_on_images_without_objects(device):
+    priors = ssd300_priors()[::100].contiguous().to(device)
+    deltas = torch.zeros(2, len(priors), 4, device=device, requires_grad=True)
+    logits = torch.zeros(2, len(priors), 3, device=device, requires_grad=True)
+    nothing = [torch.empty(0, 4, device=device)] * 2, [torch.empty(0, dtype=torch.int64, device=device)] * 2
+    sum(MultiBoxLoss(priors)(deltas, logits, *nothing)).backward()
+    assert not logits.grad.any()
+    sum(MultiBoxLoss(priors, min_negatives=5)(deltas, logits, *nothing)).backward()
+    assert logits.grad.any(-1).sum(1).tolist() == [5, 5]
+    assert not deltas.grad.any()
+
+
+def test_module_takes_priors_once():
+    priors = torch.rand(3, 4)
+    heads = torch.zeros(1, 3, 4), torch.zeros(1, 3, 2), [torch.empty(0, 4)], [torch.empty(0).long()]
+    for module, more in [(MultiBoxLoss(), ()), (MultiBoxLoss(priors), (priors,))]:
+        with pytest.raises(ValueError, match="priors must be given"):
+            module(*heads, *more)
+
+
+def test_module_validates_labels():
+    heads = torch.zeros(1, 1, 4), torch.zeros(1, 1, 3)
+    gts = [torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([3])]
+    with pytest.raises(ValueError, match=r"label must be in 1\.\.2"):
+        MultiBoxLoss(torch.tensor([[0.3, 0.3, 0.4, 0.4]]), validate=True)(*heads, *gts)
