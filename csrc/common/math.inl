@@ -198,3 +198,10 @@ SSD_EXT_HD V log(V x) {
   result = x < zero ? splat<V>(std::numeric_limits<T>::quiet_NaN()) : result;
   return x == zero ? -inf : result;
 }
+
+// 1 / (1 + e^-x)
+template <class V>
+SSD_EXT_HD V sigmoid(V x) {
+  const V one = splat<V>(1);
+  return one / (one + exp(-x));
+}

@@ -5,4 +5,5 @@
 #include "common/order_key.inl"
 #include "common/box_columns.inl"
 #include "common/vec.inl"
+#include "common/overlap.inl"
 // clang-format on
