@@ -36,8 +36,19 @@ Params check_params(const char* op, double score_threshold, double iou_threshold
       raise(op, ": window must have x1 <= x2 and y1 <= y2, got (", w[0], ", ", w[1], ", ", w[2], ", ", w[3], ")");
     }
   }
-  return {score_threshold, iou_threshold, topk_per_class, max_detections, sigmoid, class_agnostic, variances[0],
-          variances[1], clip, w[0], w[1], w[2], w[3]};
+  return {score_threshold,
+          iou_threshold,
+          topk_per_class,
+          max_detections,
+          sigmoid,
+          class_agnostic,
+          variances[0],
+          variances[1],
+          clip,
+          w[0],
+          w[1],
+          w[2],
+          w[3]};
 }
 
 Sizes check_tensors(const char* op, const Tensor& deltas, const Tensor& logits, const Tensor& priors) {
@@ -70,12 +81,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_op(const Tensor& deltas, const
                   {priors.const_data_ptr(), 0, priors.stride(0), priors.stride(1)},
                   sizes,
                   params};
-  const ScalarType type = logits.scalar_type();
+  const bool cuda = is_cuda(logits);
+  const ScalarType type = logits.scalar_type(), written = !cuda && is_half(type) ? ScalarType::Float : type;
+  Tensor boxes = torch::stable::new_empty(logits, {sizes.images, max_detections, 4}, written);
+  Tensor scores = torch::stable::new_empty(logits, {sizes.images, max_detections}, written);
   Tensor labels = torch::stable::new_empty(logits, {sizes.images, max_detections}, ScalarType::Long);
   Tensor counts = torch::stable::new_empty(logits, {sizes.images}, ScalarType::Long);
-  const ScalarType computed = is_half(type) ? ScalarType::Float : type;
-  Tensor boxes = torch::stable::new_empty(logits, {sizes.images, max_detections, 4}, computed);
-  Tensor scores = torch::stable::new_empty(logits, {sizes.images, max_detections}, computed);
+  if (cuda) {
+    const CudaLaunch launch(op, logits);
+    SSD_EXT_CUDA_CALL(
+        Tensor workspace = byte_workspace(logits, workspace_bytes(in));
+        detect_cuda(in,
+                    {boxes.mutable_data_ptr(), scores.mutable_data_ptr(), labels.mutable_data_ptr<int64_t>(),
+                     counts.mutable_data_ptr<int64_t>()},
+                    workspace.mutable_data_ptr(), launch.stream));
+    return {boxes, scores, labels, counts};
+  }
   dispatch_compute(boxes, [&](auto zero) {
     using T = decltype(zero);
     const Outputs<T> out{boxes.mutable_data_ptr<T>(), scores.mutable_data_ptr<T>(), labels.mutable_data_ptr<int64_t>(),

@@ -24,7 +24,7 @@ struct Params {
   double score_threshold, iou_threshold;  // in [0, 1]
   int64_t topk_per_class, max_detections;
   bool sigmoid, class_agnostic;
-  double center, size, clip;                       // variances, and the bound of decoded sizes
+  double center, size, clip;                          // variances, and the bound of decoded sizes
   double window_x1, window_y1, window_x2, window_y2;  // boxes are clipped to it; infinite: they are not
 };
 
@@ -48,14 +48,14 @@ struct Inputs {
 };
 
 template <class T>
-struct Outputs {     // K = max_detections
+struct Outputs {    // K = max_detections
   T* boxes;         // [images, K, 4]
   T* scores;        // [images, K]
   int64_t* labels;  // [images, K]
   int64_t* counts;  // [images]
 };
 
-constexpr int64_t kMostCandidates = 0xffffffff;  // priors * classes: a candidate's number has 32 bits
+constexpr int64_t kMostCandidates = 0x7fffffff;  // priors * classes: a candidate's number has 32 bits, a label 31
 
 // Softmax divides exp(x - max) by its sum over the classes, which every backend adds in this order: the
 // classes c, c + kSumLanes, c + 2 * kSumLanes ... one after another, for each c < kSumLanes; then these
@@ -92,5 +92,12 @@ T reject_below(T least, bool is_sigmoid) {
   if (score < 1e-36) return -std::numeric_limits<T>::infinity();
   return T((is_sigmoid ? std::log(score / (1 - score)) : std::log(score)) - 1e-5);
 }
+
+// Bytes of scratch memory that detect_cuda needs: detect's docstring tells what for.
+size_t workspace_bytes(const Inputs& in);
+
+void detect_cuda(const Inputs& in, const Outputs<void>& out,  // of in.dtype
+                 void* workspace,                             // aligned to 16 bytes
+                 Stream stream);
 
 }  // namespace ssd_ext::detect

@@ -5,10 +5,10 @@
 // pass over the logits collects only the best few (Shortlist). Where they run out, because too many
 // were suppressed, a second pass collects every candidate that counts (ClassLists).
 
-constexpr int64_t kLeastShort = 1024;     // keys that a shortlist holds at the least
-constexpr int64_t kFirstSorted = 384;     // keys sorted at first; then four times as many, and so on
-constexpr int64_t kRowsOfSlice = 1024;    // rows worth a thread, where there are few images
-constexpr int64_t kSlices = 64;           // at the most, all images together
+constexpr int64_t kLeastShort = 1024;   // keys that a shortlist holds at the least
+constexpr int64_t kFirstSorted = 384;   // keys sorted at first; then four times as many, and so on
+constexpr int64_t kRowsOfSlice = 1024;  // rows worth a thread, where there are few images
+constexpr int64_t kSlices = 64;         // at the most, all images together
 
 template <class T>
 using Key = detect::Key<T>;
@@ -286,7 +286,8 @@ class Kept {
 // Visits the keys above `bound`, in any order given, and writes an image's detections; returns whether they
 // are all there are: false where candidates up to the bound might have added some.
 template <class T>
-bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, Key<T> bound, const detect::Outputs<T>& out) {
+bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, Key<T> bound,
+           const detect::Outputs<T>& out) {
   const detect::Params& params = in.params;
   const int64_t classes = in.sizes.classes, priors = in.sizes.priors, most = params.max_detections;
   T *boxes = out.boxes + image * most * 4, *scores = out.scores + image * most;
@@ -328,7 +329,8 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
 
 // An image whose candidates stand in the shortlists of its slices.
 template <class T>
-void finish(const detect::Inputs& in, int64_t image, Shortlist<T>* slices, int64_t count, const detect::Outputs<T>& out) {
+void finish(const detect::Inputs& in, int64_t image, Shortlist<T>* slices, int64_t count,
+            const detect::Outputs<T>& out) {
   Key<T> dropped = 0;
   for (int64_t s = 0; s < count; ++s) {
     dropped = std::max(dropped, slices[s].dropped);

@@ -1,14 +1,12 @@
 #include "mining/mining.h"
 
-#include "common/gpu.h"
+#include "common/gpu_select.h"
 
 namespace ssd_ext::mining {
 namespace {
 
 constexpr int kThreads = 1024;  // of a block; a block does one image at a time
 constexpr int kWarps = kThreads / gpu::kWarp;
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
 constexpr size_t kMostCached = 40 * 1024;  // bytes of keys kept in shared memory; P = 8732 in float32 fits
 
 template <class T>
@@ -28,34 +26,17 @@ struct Row {
   __device__ Key made(int64_t i, int64_t label) const {
     return label == 0 ? radix_key(order_key_nan_greatest(gpu::Compute<T>(loss[i]))) : Key(kAbsent);
   }
-  __device__ Key operator[](int64_t i) const {
+  __device__ Key operator()(int64_t i) const {
     if constexpr (kCached) return cache[i];
     return made(i, labels[i]);
   }
 };
 
-__device__ int64_t warp_sum(int64_t x) {
-  for (int offset = gpu::kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(gpu::kFullMask, x, offset);
-  return x;
-}
-
-// Sum of x over the lanes before this one.
-__device__ int64_t sum_before(int64_t x, int lane) {
-  int64_t sum = x;
-  for (int offset = 1; offset < gpu::kWarp; offset *= 2) {
-    const int64_t other = __shfl_up_sync(gpu::kFullMask, sum, offset);
-    if (lane >= offset) sum += other;
-  }
-  return sum - x;
-}
-
 // What the threads of a block tell each other.
 template <class Key>
 struct Shared {
   int64_t positives[kWarps], negatives[kWarps], ties[kWarps];  // found by each warp
-  unsigned counts[kDigits];  // keys that begin with the prefix, by their next digit; 64-bit adds would spin
-  Key prefix;                // the digits found so far of the k-th largest key
-  int64_t wanted;            // how many of the keys that begin so are among the k largest
+  gpu::SelectShared<Key> select;
 };
 
 template <class T, bool kCached>
@@ -81,55 +62,21 @@ __global__ void __launch_bounds__(kThreads, 1) hard_negatives_kernel(const T* __
       negatives += label == 0;
       if constexpr (kCached) cache[i] = row.made(i, label);
     }
-    positives = warp_sum(positives);
-    negatives = warp_sum(negatives);
+    positives = gpu::warp_sum(positives);
+    negatives = gpu::warp_sum(negatives);
     if (lane == 0) {
       shared.positives[warp] = positives;
       shared.negatives[warp] = negatives;
     }
     __syncthreads();  // the counts of the warps and the cache are written
-    positives = warp_sum(shared.positives[lane]);
-    negatives = warp_sum(shared.negatives[lane]);
+    positives = gpu::warp_sum(shared.positives[lane]);
+    negatives = gpu::warp_sum(shared.negatives[lane]);
     const int64_t k = negatives_to_mark(positives, negatives, mining);
 
     // Every key > cut is marked, and the first `wanted` of those equal to it.
-    Key cut = k == 0 ? ~Key(0) : Key(kAbsent);
-    int64_t wanted = 0;
+    gpu::Cut<Key> cut{k == 0 ? ~Key(0) : Key(kAbsent), 0};
     if (0 < k && k < negatives) {  // the same in every thread
-      cut = 0;
-      wanted = k;
-      for (int shift = 8 * int(sizeof(Key)) - kDigitBits; shift >= 0; shift -= kDigitBits) {
-        for (int d = thread; d < kDigits; d += kThreads) shared.counts[d] = 0;
-        __syncthreads();  // counts are zero, and everybody has read the last prefix
-        for (int64_t begin = 0; begin < n; begin += kThreads) {
-          const int64_t i = begin + thread;
-          const Key key = i < n ? row[i] : Key(kAbsent);
-          const bool counted = i < n && ((key ^ cut) >> shift >> kDigitBits) == 0;
-          const int digit = counted ? int(key >> shift) & (kDigits - 1) : -1;
-          // Most losses share their first digit: one addition for all equal digits of the warp.
-          const unsigned equal = __match_any_sync(gpu::kFullMask, digit);
-          if (counted && (equal & ((1u << lane) - 1)) == 0) {
-            atomicAdd(&shared.counts[digit], unsigned(__popc(equal)));
-          }
-        }
-        __syncthreads();  // counts are complete
-        if (warp == 0) {  // lane l looks at digits top, top - 1, ..., from the greatest down
-          constexpr int kEach = kDigits / gpu::kWarp;
-          const int top = kDigits - 1 - lane * kEach;
-          int64_t sum = 0;
-          for (int j = 0; j < kEach; ++j) sum += shared.counts[top - j];
-          int64_t above = sum_before(sum, lane);
-          if (above < wanted && wanted <= above + sum) {  // one lane: the k-th largest is among its digits
-            int digit = top;
-            while (above + shared.counts[digit] < wanted) above += shared.counts[digit--];
-            shared.prefix = cut | Key(digit) << shift;
-            shared.wanted = wanted - above;
-          }
-        }
-        __syncthreads();  // the prefix is written
-        cut = shared.prefix;
-        wanted = shared.wanted;
-      }
+      cut = gpu::kth_greatest<kThreads, 8 * sizeof(Key), false>(row, n, k, shared.select);
     }
 
     // Ties go to the lowest prior. Each warp has a run of consecutive priors: it learns how many ties
@@ -137,20 +84,20 @@ __global__ void __launch_bounds__(kThreads, 1) hard_negatives_kernel(const T* __
     const int64_t run = (n + kThreads - 1) / kThreads * gpu::kWarp;
     const int64_t begin = warp * run < n ? warp * run : n, end = begin + run < n ? begin + run : n;
     int64_t ties = 0;
-    if (wanted > 0) {
-      for (int64_t i = begin + lane; i < end; i += gpu::kWarp) ties += row[i] == cut;
+    if (cut.wanted > 0) {
+      for (int64_t i = begin + lane; i < end; i += gpu::kWarp) ties += row(i) == cut.key;
     }
-    ties = warp_sum(ties);
+    ties = gpu::warp_sum(ties);
     if (lane == 0) shared.ties[warp] = ties;
     __syncthreads();  // the ties of every run are written
-    int64_t before = __shfl_sync(gpu::kFullMask, sum_before(shared.ties[lane], lane), warp);
+    int64_t before = __shfl_sync(gpu::kFullMask, gpu::sum_before(shared.ties[lane], lane), warp);
     for (int64_t first = begin; first < end; first += gpu::kWarp) {
       const int64_t i = first + lane;
-      const Key key = i < end ? row[i] : Key(kAbsent);
-      const bool tie = i < end && key == cut;
+      const Key key = i < end ? row(i) : Key(kAbsent);
+      const bool tie = i < end && key == cut.key;
       const unsigned tied = __ballot_sync(gpu::kFullMask, tie);
       const int64_t rank = before + __popc(tied & ((1u << lane) - 1));
-      if (i < end) marked[i] = key > cut || (tie && rank < wanted);
+      if (i < end) marked[i] = key > cut.key || (tie && rank < cut.wanted);
       before += __popc(tied);
     }
     __syncthreads();  // everybody is done with what is shared about this image

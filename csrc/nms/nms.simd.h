@@ -67,10 +67,7 @@ template <class T>
 class KeptBoxes {
  public:
   KeptBoxes(int64_t n, const Buckets& buckets, T threshold)
-      : test_(threshold),
-        cells_(buckets.cells()),
-        start_(buckets.groups * cells_),
-        count_(buckets.groups * cells_) {
+      : test_(threshold), cells_(buckets.cells()), start_(buckets.groups * cells_), count_(buckets.groups * cells_) {
     for (int64_t i = 0; i < n; ++i) ++start_[buckets.bucket(i)];
     int64_t total = 0;
     for (int64_t& s : start_) {

@@ -68,7 +68,7 @@ def detect(
     Raises:
         ValueError: wrong shape, dtype or device; a threshold outside 0..1; a ``topk_per_class`` or
             ``max_detections`` below 1; an unknown ``activation``; a variance that is not positive; a
-            NaN ``clip``; a ``window`` that is not four numbers or inverted; 2^32 or more logits an image.
+            NaN ``clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image.
         RuntimeError: a gradient is asked for.
 
     Source: Liu et al., SSD (2016), section 2.2; torchvision's ``SSD.postprocess_detections``, whose
