@@ -1,5 +1,6 @@
 """Fixtures of the suite."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if not any((ROOT / "ssd_ext").glob("_C*.so")):  # not built in this tree: the installed ssd_ext is meant
     sys.path = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
 
+from benchmarks.cases.spec import convert  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and "cuda" in _C.build_info() else [])
+# A build with the emulator (tests/cuda_emulator) runs the CUDA kernels on the CPU, in three orders of threads.
+EMULATED = [f"emulated-{seed}" for seed in range(3)] if "emulator" in _C.build_info() else []
+GPUS = EMULATED or (["cuda"] if torch.cuda.is_available() and "cuda" in _C.build_info() else [])
+DEVICES = EMULATED[:1] or ["cpu", *GPUS]
 SIMD_LEVELS = []
 _widest = _C.simd_level()
 for _name in ("baseline", "avx2", "avx512"):
@@ -26,9 +31,40 @@ for _name in ("baseline", "avx2", "avx512"):
 _C.set_simd_level(_widest)
 
 
+@contextlib.contextmanager
+def emulated(name):
+    """Until it ends, ops on CPU tensors run their CUDA kernels in the emulator."""
+    _C.emulator.start(int(name.removeprefix("emulated-")))
+    try:
+        yield
+    finally:
+        _C.emulator.stop()
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
-    return request.param
+    """The device for a test's tensors. The emulated one takes those of the CPU."""
+    if request.param not in EMULATED:
+        yield request.param
+        return
+    with emulated(request.param):
+        yield "cpu"
+
+
+needs_gpu = pytest.mark.skip(reason="needs a GPU and a CUDA build, or the emulator")
+
+
+@pytest.fixture(params=GPUS or [pytest.param("cuda", marks=needs_gpu)])
+def gpu(request):
+    """A function that runs an op on the GPU, emulated or not, whose inputs and outputs are on the CPU."""
+
+    def run(op, inputs):
+        if request.param in EMULATED:
+            with emulated(request.param):
+                return op(**inputs)
+        return convert(op(**convert(inputs, device=request.param)), device="cpu")
+
+    return run
 
 
 @pytest.fixture

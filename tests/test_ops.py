@@ -94,13 +94,19 @@ def test_every_output_is_written(op, case, device, generator):
             torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_cuda_gives_the_cpu_result(op, case, generator):
+def test_cuda_gives_the_cpu_result(op, case, gpu, generator):
     made = case.make(generator)
     for dtype in case.dtypes:
         inputs = convert(made, dtype)
-        assert_same_bits(convert(op.op(**convert(inputs, device="cuda")), device="cpu"), op.op(**inputs))
+        assert_same_bits(gpu(op.op, inputs), op.op(**inputs))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_cuda_gives_the_cpu_result_at_full_size(op, gpu, generator):
+    inputs = op.full_size(generator) if op.full_size else op.scaling(2)
+    assert max(size for t in tensors_in(inputs) for size in t.shape) >= 8732
+    assert_same_bits(gpu(op.op, inputs), op.op(**inputs))
 
 
 @pytest.mark.parametrize(("op", "error"), ERRORS)
@@ -190,7 +196,7 @@ def test_autocast_computes_in_float32(op, case, device, generator):
         assert_same_bits(op.op(**mixed), result)
 
 
-@pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a CUDA build")
 @pytest.mark.parametrize(("op", "case"), [c for c in CASES if c.values[0].capturable])
 def test_captures_in_a_cuda_graph_without_host_sync(op, case, generator):
     inputs = convert(case.make(generator), device="cuda")
@@ -213,7 +219,7 @@ def test_captures_in_a_cuda_graph_without_host_sync(op, case, generator):
     assert_same_bits(captured, expected)
 
 
-@pytest.mark.skipif(len(DEVICES) == 1, reason="needs a GPU and a CUDA build")
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a CUDA build")
 @pytest.mark.parametrize(("op", "case"), EACH)
 def test_mixed_devices_are_refused(op, case, generator):
     inputs = case.make(generator)

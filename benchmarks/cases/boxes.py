@@ -111,6 +111,7 @@ ENCODE = Op(
     # (center - prior) / (size * variance) in bfloat16 loses what the inputs' rounding loses: compare in its own terms.
     tolerance={torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 2e-3, torch.bfloat16: 2e-2},
     differentiable=("boxes",),
+    scaling=lambda batch: {"boxes": _boxes((batch,), 8732, torch.Generator()), "priors": ssd300_priors()},
 )
 
 DECODE = Op(
@@ -175,6 +176,7 @@ BOX_IOU = Op(
         ErrorCase("dtypes mixed", _iou_of(torch.rand(3, 4), torch.rand(3, 4).half()), r"got float16"),
     ],
     peers={"torchvision": _torchvision_iou},
+    full_size=_pairs(8732, 2).make,
 )
 
 OPS = [ENCODE, DECODE, BOX_IOU]

@@ -251,6 +251,7 @@ MATCH = Op(
     errors=[*_ERRORS, *_INVALID],
     peers={"torchvision": _torchvision_match},
     agrees=_matches_agree,
+    full_size=lambda g: _drop_labels(_ssd300(2, "coco")(g)),
 )
 
 

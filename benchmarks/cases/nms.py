@@ -252,6 +252,7 @@ NMS = Op(
     peers=_PEERS,
     agrees=_agrees,
     capturable=False,
+    full_size=_candidates(8732).make,
 )
 
 BATCHED_NMS = Op(
@@ -268,6 +269,7 @@ BATCHED_NMS = Op(
     peers=_PEERS,
     agrees=_agrees,
     capturable=False,
+    full_size=_in_classes(_candidates(8732), 2).make,
 )
 
 NMS_PADDED = Op(
@@ -278,6 +280,7 @@ NMS_PADDED = Op(
     cases=[*_SMALL, *(_in_classes(case, 3) for case in _SMALL[:6]), Case("far ids", _far_ids)],
     errors=[*_ERRORS, *_ID_ERRORS],
     agrees=_padded_agrees,
+    full_size=_candidates(8732).make,
 )
 
 OPS = [NMS, BATCHED_NMS, NMS_PADDED]

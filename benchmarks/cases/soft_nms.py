@@ -170,6 +170,12 @@ ERRORS = [
     ErrorCase("unknown method", _call(method="cosine"), r"method must be 'linear' or 'gaussian', got 'cosine'"),
 ]
 
+
+def _full_size(g):
+    boxes, scores = detector_candidates(8732, g)
+    return {"boxes": boxes, "scores": scores, "score_threshold": 0.9}
+
+
 SOFT_NMS = Op(
     name="soft_nms",
     op=ops.soft_nms,
@@ -180,6 +186,7 @@ SOFT_NMS = Op(
     tolerance=TOLERANCE,
     agrees=_agrees,
     capturable=False,
+    full_size=_full_size,
 )
 
 SOFT_NMS_PADDED = Op(
@@ -191,6 +198,7 @@ SOFT_NMS_PADDED = Op(
     errors=ERRORS,
     tolerance=TOLERANCE,
     agrees=_agrees,
+    full_size=_full_size,
 )
 
 OPS = [SOFT_NMS, SOFT_NMS_PADDED]

@@ -64,6 +64,8 @@ class Op:
     differentiable: tuple[str, ...] = ()  # arguments with a gradient
     capturable: bool = True  # in a CUDA graph
     scaling: Callable[[int], Inputs] | None = None  # inputs for a batch of that size: `run.py --scaling`
+    # An input as large as real ones that an emulated GPU can still bear, two images of SSD300; default: scaling(2).
+    full_size: Callable[[torch.Generator], Inputs] | None = None
 
     def traffic(self, inputs: Inputs, result: Any) -> int:
         """Bytes that must be read and written at the least: inputs and outputs once."""

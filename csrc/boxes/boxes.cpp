@@ -31,13 +31,13 @@ Tensor encode_op(const Tensor& boxes, const Tensor& priors, std::vector<double> 
   if (is_cuda(boxes)) {
     const CudaLaunch launch("encode", boxes);
     const Tensor b = cuda_input(boxes), p = cuda_input(priors);
-    Tensor deltas = torch::stable::empty_like(b);
+    Tensor deltas = new_output_like(b);
     SSD_EXT_CUDA_CALL(encode_cuda(dtype_of(b), b.const_data_ptr(), p.const_data_ptr(), deltas.mutable_data_ptr(),
                                   coding, launch.stream));
     return deltas;
   }
   const Tensor b = compute_input(boxes), p = compute_input(priors);
-  Tensor deltas = torch::stable::empty_like(b);
+  Tensor deltas = new_output_like(b);
   dispatch_compute(b, [&](auto zero) {
     using T = decltype(zero);
     const T *from = b.const_data_ptr<T>(), *prior = p.const_data_ptr<T>();
@@ -54,13 +54,13 @@ Tensor decode_op(const Tensor& deltas, const Tensor& priors, std::vector<double>
   if (is_cuda(deltas)) {
     const CudaLaunch launch("decode", deltas);
     const Tensor d = cuda_input(deltas), p = cuda_input(priors);
-    Tensor boxes = torch::stable::empty_like(d);
+    Tensor boxes = new_output_like(d);
     SSD_EXT_CUDA_CALL(decode_cuda(dtype_of(d), d.const_data_ptr(), p.const_data_ptr(), boxes.mutable_data_ptr(), coding,
                                   launch.stream));
     return boxes;
   }
   const Tensor d = compute_input(deltas), p = compute_input(priors);
-  Tensor boxes = torch::stable::empty_like(d);
+  Tensor boxes = new_output_like(d);
   dispatch_compute(d, [&](auto zero) {
     using T = decltype(zero);
     const T *from = d.const_data_ptr<T>(), *prior = p.const_data_ptr<T>();
@@ -81,13 +81,13 @@ Tensor box_iou_op(const Tensor& a, const Tensor& b) {
   if (is_cuda(a)) {
     const CudaLaunch launch(op, a);
     const Tensor ca = cuda_input(a), cb = cuda_input(b);
-    Tensor out = torch::stable::new_empty(ca, {n, m});
+    Tensor out = new_output(ca, {n, m});
     SSD_EXT_CUDA_CALL(box_iou_cuda(dtype_of(ca), ca.const_data_ptr(), cb.const_data_ptr(), out.mutable_data_ptr(), n, m,
                                    launch.stream));
     return out;
   }
   const Tensor ca = compute_input(a), cb = compute_input(b);
-  Tensor out = torch::stable::new_empty(ca, {n, m});
+  Tensor out = new_output(ca, {n, m});
   dispatch_compute(ca, [&](auto zero) {
     using T = decltype(zero);
     SSD_EXT_SIMD_CALL(box_iou<T>, ca.const_data_ptr<T>(), cb.const_data_ptr<T>(), out.mutable_data_ptr<T>(), n, m);

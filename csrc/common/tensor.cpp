@@ -115,10 +115,21 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-Tensor cuda_input(const Tensor& t) {
-  const Tensor c = as_contiguous(t);
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);
+#if defined(SSD_EXT_EMULATE)
+
+static const Tensor& declared(const Tensor& t, emulator::Content content) {
+  emulator::declare(t.const_data_ptr(), static_cast<size_t>(t.numel() * t.element_size()), content);
+  return t;
 }
+static const Tensor& as_input(const Tensor& t) { return declared(t, emulator::Content::input); }
+static const Tensor& as_output(const Tensor& t) { return declared(t, emulator::Content::undefined); }
+
+CudaLaunch::CudaLaunch(const char*, const Tensor&) : stream(nullptr) {}
+
+#else
+
+static const Tensor& as_input(const Tensor& t) { return t; }
+static const Tensor& as_output(const Tensor& t) { return t; }
 
 static Stream current_stream(const char* op, const Tensor& t) {
 #if defined(SSD_EXT_WITH_CUDA)
@@ -133,5 +144,18 @@ static Stream current_stream(const char* op, const Tensor& t) {
 }
 
 CudaLaunch::CudaLaunch(const char* op, const Tensor& t) : guard(t.get_device_index()), stream(current_stream(op, t)) {}
+
+#endif
+
+Tensor cuda_input(const Tensor& t) {
+  const Tensor c = as_contiguous(t);
+  return as_input(reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c));
+}
+
+Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
+  return as_output(torch::stable::new_empty(like, shape, type));
+}
+
+Tensor new_output_like(const Tensor& like) { return as_output(torch::stable::empty_like(like)); }
 
 }  // namespace ssd_ext

@@ -18,6 +18,9 @@
 #include <vector>
 
 #include "common/dtype.h"
+#if defined(SSD_EXT_EMULATE)
+#include "emulator.h"
+#endif
 
 namespace ssd_ext {
 
@@ -63,7 +66,12 @@ constexpr int64_t kAny = -1;  // any extent, in check_shape
 
 // ---- data -------------------------------------------------------------------------------------
 
-inline bool is_cuda(const Tensor& t) { return t.device().type() == DeviceType::CUDA; }
+inline bool is_cuda(const Tensor& t) {
+#if defined(SSD_EXT_EMULATE)
+  if (emulator::is_on()) return true;
+#endif
+  return t.device().type() == DeviceType::CUDA;
+}
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -79,8 +87,14 @@ inline Tensor as_dtype_of(const Tensor& result, const Tensor& given) {
   return is_half(given.scalar_type()) ? torch::stable::to(result, given.scalar_type()) : result;
 }
 
+// Uninitialised memory for kernels to write, on the device of `like` and, by default, of its dtype.
+Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                  std::optional<ScalarType> type = {});
+Tensor new_output_like(const Tensor& like);  // of its shape too
+
 // The tensor that a CUDA kernel reads: contiguous and aligned for 16-byte loads (a view into the
-// middle of another tensor may not be).
+// middle of another tensor may not be). Kernels touch only these and what new_output() gives: the
+// emulator holds them to it.
 Tensor cuda_input(const Tensor& t);
 
 // Calls f with a float or a double that tells the type of a compute_input.
@@ -96,7 +110,12 @@ DType dtype_of(const Tensor& t);  // of a floating tensor
 // The guard and stream of a launch on t's device. Throws in a build without CUDA.
 struct CudaLaunch {
   explicit CudaLaunch(const char* op, const Tensor& t);
+#if defined(SSD_EXT_EMULATE)
+  CudaLaunch(const CudaLaunch&) = delete;
+  ~CudaLaunch() { emulator::forget(); }
+#else
   torch::stable::accelerator::DeviceGuard guard;
+#endif
   Stream stream;
 };
 
@@ -110,7 +129,7 @@ struct CudaLaunch {
 
 // Uninitialised scratch memory on the device of t.
 inline Tensor byte_workspace(const Tensor& t, size_t bytes) {
-  return torch::stable::new_empty(t, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return new_output(t, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 // ---- threads ----------------------------------------------------------------------------------

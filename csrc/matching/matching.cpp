@@ -76,13 +76,13 @@ std::tuple<Tensor, Tensor> run(const Call& call) {
   std::optional<CudaLaunch> launch;
   if (cuda) launch.emplace(call.op, call.gt_boxes);
   const auto input = [&](const Tensor& t) { return cuda ? cuda_input(t) : compute_input(t); };
-  const Tensor boxes = input(call.gt_boxes), priors = input(call.priors), offsets = as_contiguous(call.offsets);
-  const std::optional<Tensor> labels = targets ? std::optional(as_contiguous(*call.gt_labels)) : std::nullopt;
+  const Tensor boxes = input(call.gt_boxes), priors = input(call.priors), offsets = input(call.offsets);
+  const std::optional<Tensor> labels = targets ? std::optional(input(*call.gt_labels)) : std::nullopt;
   const int64_t* gt_labels = targets ? labels->const_data_ptr<int64_t>() : nullptr;
   if (!cuda) check_offsets(call, offsets.const_data_ptr<int64_t>());
 
-  Tensor index = torch::stable::new_empty(offsets, {call.sizes.images, call.sizes.priors});
-  Tensor deltas = targets ? torch::stable::new_empty(boxes, {call.sizes.images, call.sizes.priors, 4}) : index;
+  Tensor index = new_output(offsets, {call.sizes.images, call.sizes.priors});
+  Tensor deltas = targets ? new_output(boxes, {call.sizes.images, call.sizes.priors, 4}) : index;
   int64_t* out = index.mutable_data_ptr<int64_t>();
   const Outputs outputs{targets ? nullptr : out, targets ? out : nullptr,
                         targets ? deltas.mutable_data_ptr() : nullptr};

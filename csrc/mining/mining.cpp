@@ -32,7 +32,7 @@ Mining check_mining(const char* op, const Arg& loss, const Arg& labels, double r
 Tensor hard_negatives_op(const Tensor& loss, const Tensor& labels, double ratio, int64_t min_negatives) {
   const char* op = "hard_negatives";
   const Mining mining = check_mining(op, {"loss", loss}, {"labels", labels}, ratio, min_negatives);
-  Tensor mask = torch::stable::new_empty(loss, {mining.batch, mining.num_priors}, ScalarType::Bool);
+  Tensor mask = new_output(loss, {mining.batch, mining.num_priors}, ScalarType::Bool);
   if (mask.numel() == 0) return mask;
   if (is_cuda(loss)) {
     const CudaLaunch launch(op, loss);

@@ -109,14 +109,15 @@ std::tuple<Tensor, Tensor> sort_falling(const Tensor& keys) {
 // keep [N], padded with -1, and count [], on the GPU; no host synchronisation.
 std::tuple<Tensor, Tensor> run_cuda(const Call& call) {
   const CudaLaunch launch(call.op, call.boxes);
-  const Tensor boxes = cuda_input(call.boxes), scores = as_contiguous(call.scores);
-  const std::optional<Tensor> ids = call.class_ids ? std::optional(as_contiguous(*call.class_ids)) : std::nullopt;
+  const Tensor boxes = cuda_input(call.boxes), scores = cuda_input(call.scores);
+  const std::optional<Tensor> ids = call.class_ids ? std::optional(cuda_input(*call.class_ids)) : std::nullopt;
   const DType dtype = dtype_of(boxes);
-  Tensor keep = torch::stable::new_empty(boxes, {call.n}, ScalarType::Long);
-  Tensor count = torch::stable::new_empty(boxes, {}, ScalarType::Long);
-  Tensor keys = torch::stable::new_empty(boxes, {call.n}, dtype == DType::f64 ? ScalarType::Long : ScalarType::Int);
+  Tensor keep = new_output(boxes, {call.n}, ScalarType::Long);
+  Tensor count = new_output(boxes, {}, ScalarType::Long);
+  Tensor keys = new_output(boxes, {call.n}, dtype == DType::f64 ? ScalarType::Long : ScalarType::Int);
   SSD_EXT_CUDA_CALL(sort_keys_cuda(dtype, scores.const_data_ptr(), keys.mutable_data_ptr(), call.n, launch.stream));
-  const auto [sorted, order] = sort_falling(keys);
+  const auto [sorted_keys, sorted_order] = sort_falling(keys);
+  const Tensor sorted = cuda_input(sorted_keys), order = cuda_input(sorted_order);
   SSD_EXT_CUDA_CALL(
       Tensor scratch = byte_workspace(boxes, workspace_bytes(dtype, call.n));
                     nms_cuda(dtype, boxes.const_data_ptr(), ids ? ids->const_data_ptr<int64_t>() : nullptr,
@@ -134,7 +135,7 @@ Tensor nms_op(const Tensor& boxes, const Tensor& scores, const std::optional<Ten
     return torch::stable::narrow(keep, 0, 0, *host.const_data_ptr<int64_t>());
   }
   const std::vector<int64_t> kept = run_cpu(call);
-  Tensor keep = torch::stable::new_empty(boxes, {static_cast<int64_t>(kept.size())}, ScalarType::Long);
+  Tensor keep = new_output(boxes, {static_cast<int64_t>(kept.size())}, ScalarType::Long);
   std::copy(kept.begin(), kept.end(), keep.mutable_data_ptr<int64_t>());
   return keep;
 }
@@ -144,8 +145,8 @@ std::tuple<Tensor, Tensor> nms_padded_op(const Tensor& boxes, const Tensor& scor
   const Call call = check("nms_padded", boxes, scores, idxs, iou_threshold);
   if (is_cuda(boxes)) return run_cuda(call);
   const std::vector<int64_t> kept = run_cpu(call);
-  Tensor keep = torch::stable::new_empty(boxes, {call.n}, ScalarType::Long);
-  Tensor count = torch::stable::new_empty(boxes, {}, ScalarType::Long);
+  Tensor keep = new_output(boxes, {call.n}, ScalarType::Long);
+  Tensor count = new_output(boxes, {}, ScalarType::Long);
   int64_t* out = keep.mutable_data_ptr<int64_t>();
   std::fill(std::copy(kept.begin(), kept.end(), out), out + call.n, int64_t{-1});
   *count.mutable_data_ptr<int64_t>() = static_cast<int64_t>(kept.size());

@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Workspace<C> w, in
   __shared__ bool suppressed[kTile];  // box of this tile overlaps a kept one of an earlier tile
   const int lane = threadIdx.x % gpu::kWarp, warp = threadIdx.x / gpu::kWarp;
   const int row = threadIdx.x / kThreadsPerRow, word = threadIdx.x % kThreadsPerRow;
-  if (threadIdx.x < kChunk) {
-    removed[threadIdx.x] = threadIdx.x < tiles ? w.removed[first_tile + threadIdx.x] : ~Word(0);
-    kept[threadIdx.x] = 0;
+  if (const int tile = threadIdx.x; tile < kChunk) {
+    removed[tile] = tile < tiles ? w.removed[first_tile + tile] : ~Word(0);
+    kept[tile] = 0;
   }
   __syncthreads();
 

@@ -36,12 +36,12 @@ Padded padded(const char* op, const Tensor& boxes, const Tensor& scores, const P
     raise(op, ": method must be 0 (linear) or 1 (gaussian), got ", static_cast<int64_t>(params.method));
   }
 
-  Tensor keep = torch::stable::new_empty(boxes, {n}, ScalarType::Long);
-  Tensor count = torch::stable::new_empty(boxes, {}, ScalarType::Long);
+  Tensor keep = new_output(boxes, {n}, ScalarType::Long);
+  Tensor count = new_output(boxes, {}, ScalarType::Long);
   if (is_cuda(boxes)) {
     const CudaLaunch launch(op, boxes);
     const Tensor b = cuda_input(boxes), s = cuda_input(scores);
-    Tensor out = torch::stable::empty_like(s);
+    Tensor out = new_output_like(s);
     SSD_EXT_CUDA_CALL(
         const Tensor workspace = byte_workspace(boxes, workspace_bytes(dtype_of(b), n));
         soft_nms_cuda(dtype_of(b), b.const_data_ptr(), s.const_data_ptr(), n, params, workspace.mutable_data_ptr(),
@@ -50,7 +50,7 @@ Padded padded(const char* op, const Tensor& boxes, const Tensor& scores, const P
     return {keep, out, count};
   }
   const Tensor b = compute_input(boxes), s = compute_input(scores);
-  Tensor out = torch::stable::empty_like(s);
+  Tensor out = new_output_like(s);
   dispatch_compute(b, [&](auto zero) {
     using T = decltype(zero);
     *count.mutable_data_ptr<int64_t>() = soft_nms_cpu(b.const_data_ptr<T>(), s.const_data_ptr<T>(), n, params,

@@ -1,0 +1,15 @@
+// ssd_ext._C.emulator, for the tests.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "emulator.h"
+
+void bind_emulator(pybind11::module_ m) {
+  m.doc() = "Runs the CUDA kernels on the CPU";
+  m.def("start", &emulator::start, pybind11::arg("seed"));
+  m.def("stop", &emulator::stop);
+  m.def("kernels", &emulator::kernels);
+  m.def("launched_kernels", &emulator::launched_kernels);
+  m.def("fault_names", &emulator::fault_names);
+  m.def("run_fault", &emulator::run_fault);
+}

@@ -1,0 +1,31 @@
+#pragma once
+// How the host uses the emulator: bindings declare memory, tests switch it on.
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+// While it is on, ops on CPU tensors run their CUDA kernels here. The seed orders threads and blocks:
+// 0: ascending, 1: descending, others: at random.
+void start(unsigned seed);
+void stop();
+bool is_on();
+
+// What a kernel may do with memory that is declared to it; it may touch no other.
+enum class Content {
+  input,      // read
+  undefined,  // write, and read what the kernels of this call have written
+};
+void declare(const void* memory, size_t bytes, Content content);
+void forget();  // all that is declared: the call is over
+
+// Kernels of this module, demangled, and those of them that have been launched.
+std::vector<std::string> kernels();
+std::vector<std::string> launched_kernels();
+
+// Small kernels, each with one fault that a checker must report (faults.cu).
+std::vector<std::string> fault_names();
+void run_fault(const std::string& name);
+
+}  // namespace emulator

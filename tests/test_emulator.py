@@ -1,0 +1,75 @@
+"""The emulator's own nets: each checker must notice its planted fault, and every kernel must have run."""
+
+import re
+
+import pytest
+from conftest import EMULATED, emulated
+
+from benchmarks.cases import OPS
+from benchmarks.cases.spec import FLOATS, convert
+from ssd_ext import _C
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="needs a build with SSD_EXT_EMULATE (see CONTRIBUTING.md)")
+
+FAULTS = _C.emulator.fault_names() if EMULATED else []
+BUILD = _C.build_info()
+CHECKED = BUILD.get("emulator") == "CHECK"
+SANITIZED = "sanitizers" in BUILD
+
+# Noticed in every build, because threads cannot go on. The others take the checks or the sanitizers.
+ALWAYS = ("divergent", "warp operation", "the calling lane", "a shuffle", "invalid launch", "dynamic shared memory")
+SANITIZER_REPORTS = {
+    "out of bounds: behind an input": "AddressSanitizer: heap-buffer-overflow",
+    "out of bounds: before an input": "AddressSanitizer: heap-buffer-overflow",
+    "out of bounds: behind an output": "AddressSanitizer: heap-buffer-overflow",
+    "out of bounds: carved array": "AddressSanitizer: use-after-poison",
+    "sanitizer: behind a shared array": "AddressSanitizer: global-buffer-overflow",
+    "sanitizer: misaligned": "runtime error: .* misaligned address",
+    "sanitizer: overflow": "runtime error: signed integer overflow",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("order", EMULATED)
+def test_planted_fault_is_reported(fault, order):
+    checker = fault.split(":")[0]
+    seen = checker.startswith(ALWAYS) or CHECKED
+    if checker != "none" and (checker == "sanitizer" or not seen):
+        pytest.skip("another build of the emulator sees this")
+    with emulated(order):
+        if checker == "none":
+            _C.emulator.run_fault(fault)
+            return
+        with pytest.raises(RuntimeError, match=f"emulator: {checker}"):
+            _C.emulator.run_fault(fault)
+
+
+@pytest.mark.skipif(not SANITIZED, reason="needs a build with SSD_EXT_SANITIZE too")
+@pytest.mark.parametrize("fault", SANITIZER_REPORTS)
+def test_planted_fault_is_seen_by_a_sanitizer(fault, python):
+    run = python("-c", f"from ssd_ext import _C\n_C.emulator.start(0)\n_C.emulator.run_fault({fault!r})")
+    assert run.returncode != 0
+    assert re.search(SANITIZER_REPORTS[fault], run.stderr), run.stderr
+
+
+def test_sanitizers_are_asked_for_faults_that_exist():
+    assert {fault for fault in FAULTS if fault.startswith("sanitizer")} <= set(SANITIZER_REPORTS) <= set(FAULTS)
+
+
+def test_the_cases_launch_every_kernel(generator):
+    def missing(room):
+        return sorted(k for k in set(kernels) - set(_C.emulator.launched_kernels()) if f"::{room}::" in k)
+
+    kernels = _C.emulator.kernels()
+    rooms = {op.op.__module__.split(".")[-1] for op in OPS}
+    assert {kernel.split("::")[1] for kernel in kernels} == rooms
+    for op in OPS:
+        room = op.op.__module__.split(".")[-1]
+        made = [case.make(generator) for case in op.cases if not case.benchmark]
+        for inputs in sorted(made, key=lambda inputs: op.traffic(inputs, ())):
+            for dtype in FLOATS:
+                if missing(room):
+                    with emulated(EMULATED[0]):
+                        op.op(**convert(inputs, dtype))
+    for room in rooms:
+        assert missing(room) == []
