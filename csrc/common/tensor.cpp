@@ -118,7 +118,9 @@ DType dtype_of(const Tensor& t) {
 #if defined(SSD_EXT_EMULATE)
 
 static const Tensor& declared(const Tensor& t, emulator::Content content) {
-  emulator::declare(t.const_data_ptr(), static_cast<size_t>(t.numel() * t.element_size()), content);
+  int64_t span = t.numel() > 0 ? 1 : 0;  // elements from the first in memory to the last
+  for (int64_t i = 0; i < t.dim() && span > 0; ++i) span += (t.size(i) - 1) * t.stride(i);
+  emulator::declare(t.const_data_ptr(), static_cast<size_t>(span * t.element_size()), content);
   return t;
 }
 static const Tensor& as_input(const Tensor& t) { return declared(t, emulator::Content::input); }
@@ -151,6 +153,8 @@ Tensor cuda_input(const Tensor& t) {
   const Tensor c = as_contiguous(t);
   return as_input(reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c));
 }
+
+const Tensor& strided_cuda_input(const Tensor& t) { return as_input(t); }
 
 Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
   return as_output(torch::stable::new_empty(like, shape, type));

@@ -66,44 +66,60 @@ Sizes check_tensors(const char* op, const Tensor& deltas, const Tensor& logits, 
   return {images, num_priors, classes};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> detect_op(const Tensor& deltas, const Tensor& logits, const Tensor& priors,
-                                                     double score_threshold, double iou_threshold,
-                                                     int64_t topk_per_class, int64_t max_detections, bool sigmoid,
-                                                     std::vector<double> variances, double clip, bool class_agnostic,
-                                                     std::optional<std::vector<double>> window) {
+// [..., rows, columns]
+Strided as_it_lies(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return {t.const_data_ptr(), last > 1 ? t.stride(last - 2) : 0, t.stride(last - 1), t.stride(last)};
+}
+
+struct Detections {
+  Tensor boxes, scores, labels, counts;
+
+  Detections(const Tensor& like, ScalarType type, const Inputs& in)
+      : boxes(new_output(like, {in.sizes.images, in.params.max_detections, 4}, type)),
+        scores(new_output(like, {in.sizes.images, in.params.max_detections}, type)),
+        labels(new_output(like, {in.sizes.images, in.params.max_detections}, ScalarType::Long)),
+        counts(new_output(like, {in.sizes.images}, ScalarType::Long)) {}
+
+  template <class T>
+  Outputs<T> of_type() {
+    return {static_cast<T*>(boxes.mutable_data_ptr()), static_cast<T*>(scores.mutable_data_ptr()),
+            labels.mutable_data_ptr<int64_t>(), counts.mutable_data_ptr<int64_t>()};
+  }
+};
+
+using Returned = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Returned run_cuda(const char* op, const Tensor& logits, const Tensor& deltas, const Tensor& priors, const Inputs& in) {
+  const CudaLaunch launch(op, logits);
+  for (const Tensor* t : {&logits, &deltas, &priors}) strided_cuda_input(*t);
+  Detections found(logits, logits.scalar_type(), in);
+  SSD_EXT_CUDA_CALL(
+      Tensor workspace = byte_workspace(logits, workspace_bytes(in));
+      detect_cuda(in, found.of_type<void>(), workspace.mutable_data_ptr(), launch.stream));
+  return {found.boxes, found.scores, found.labels, found.counts};
+}
+
+Returned run_cpu(const Tensor& like, const Inputs& in) {
+  const ScalarType type = like.scalar_type();
+  Detections found(like, is_half(type) ? ScalarType::Float : type, in);
+  dispatch_compute(found.boxes, [&](auto zero) {
+    using T = decltype(zero);
+    SSD_EXT_SIMD_CALL(detect_images<T>, in, found.of_type<T>());
+  });
+  return {as_dtype_of(found.boxes, like), as_dtype_of(found.scores, like), found.labels, found.counts};
+}
+
+Returned detect_op(const Tensor& deltas, const Tensor& logits, const Tensor& priors, double score_threshold,
+                   double iou_threshold, int64_t topk_per_class, int64_t max_detections, bool sigmoid,
+                   std::vector<double> variances, double clip, bool class_agnostic,
+                   std::optional<std::vector<double>> window) {
   const char* op = "detect";
   const Sizes sizes = check_tensors(op, deltas, logits, priors);
   const Params params = check_params(op, score_threshold, iou_threshold, topk_per_class, max_detections, sigmoid,
                                      class_agnostic, variances, clip, window);
-  const Inputs in{dtype_of(logits),
-                  {logits.const_data_ptr(), logits.stride(0), logits.stride(1), logits.stride(2)},
-                  {deltas.const_data_ptr(), deltas.stride(0), deltas.stride(1), deltas.stride(2)},
-                  {priors.const_data_ptr(), 0, priors.stride(0), priors.stride(1)},
-                  sizes,
-                  params};
-  const bool cuda = is_cuda(logits);
-  const ScalarType type = logits.scalar_type(), written = !cuda && is_half(type) ? ScalarType::Float : type;
-  Tensor boxes = torch::stable::new_empty(logits, {sizes.images, max_detections, 4}, written);
-  Tensor scores = torch::stable::new_empty(logits, {sizes.images, max_detections}, written);
-  Tensor labels = torch::stable::new_empty(logits, {sizes.images, max_detections}, ScalarType::Long);
-  Tensor counts = torch::stable::new_empty(logits, {sizes.images}, ScalarType::Long);
-  if (cuda) {
-    const CudaLaunch launch(op, logits);
-    SSD_EXT_CUDA_CALL(
-        Tensor workspace = byte_workspace(logits, workspace_bytes(in));
-        detect_cuda(in,
-                    {boxes.mutable_data_ptr(), scores.mutable_data_ptr(), labels.mutable_data_ptr<int64_t>(),
-                     counts.mutable_data_ptr<int64_t>()},
-                    workspace.mutable_data_ptr(), launch.stream));
-    return {boxes, scores, labels, counts};
-  }
-  dispatch_compute(boxes, [&](auto zero) {
-    using T = decltype(zero);
-    const Outputs<T> out{boxes.mutable_data_ptr<T>(), scores.mutable_data_ptr<T>(), labels.mutable_data_ptr<int64_t>(),
-                         counts.mutable_data_ptr<int64_t>()};
-    SSD_EXT_SIMD_CALL(detect_images<T>, in, out);
-  });
-  return {as_dtype_of(boxes, logits), as_dtype_of(scores, logits), labels, counts};
+  const Inputs in{dtype_of(logits), as_it_lies(logits), as_it_lies(deltas), as_it_lies(priors), sizes, params};
+  return is_cuda(logits) ? run_cuda(op, logits, deltas, priors, in) : run_cpu(logits, in);
 }
 
 }  // namespace
