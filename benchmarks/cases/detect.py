@@ -86,6 +86,7 @@ def _nan_and_infinite_logits(inputs):
     logits[1, 3] = -math.inf
     logits[1, 4, 1:], logits[1, 5, 0], logits[1, 6, 2:] = -math.inf, -math.inf, math.inf
     logits[1, 7] *= 1e30
+    logits[1, 8::2, ::3] = math.nan
 
 
 def _wild_deltas(inputs):
@@ -171,7 +172,7 @@ _SMALL = [
     _case("sigmoid", 2, 80, 6, -3.0, activation="sigmoid", score_threshold=0.4, dtypes=HALVES_TOO),
     _case("sigmoid, high threshold", 2, 80, 6, 5.0, activation="sigmoid", score_threshold=0.999),
     _case("sigmoid C=1", 2, 80, 1, 0.0, activation="sigmoid", score_threshold=0.3),
-    _case("sigmoid, NaN and Inf", 2, 40, 5, change=_nan_and_infinite_logits, activation="sigmoid"),
+    _case("sigmoid, NaN and Inf", 2, 40, 21, -3.0, change=_nan_and_infinite_logits, activation="sigmoid"),
     _case("score threshold 0", 2, 30, 5, 0.0, score_threshold=0.0),
     _case("score threshold 1", 2, 30, 5, score_threshold=1.0),
     _case("IoU threshold 0", 2, 60, 5, 1.0, iou_threshold=0.0),

@@ -149,7 +149,8 @@ inline __attribute__((always_inline)) bool rejected(const T* x, int64_t classes,
     }
     return true;
   }
-  V most = load<T>(x + classes - kLanes<T>);
+  const V nothing = splat<V>(-std::numeric_limits<T>::infinity());
+  V most = max_of(load<T>(x + classes - kLanes<T>), nothing);  // a NaN is passed over: sigmoid's others count
   for (int64_t c = first; c + kLanes<T> < classes; c += kLanes<T>) most = max_of(load<T>(x + c), most);
   return !greater_bits(most - base, splat<V>(bound));
 }
