@@ -169,7 +169,7 @@ def test_candidates_that_outnumber_every_list(classes, device, generator):
     inputs["logits"][0, -1] = -5 + inputs["logits"][0, -1] / 100
     inputs = {k: v.to(device) for k, v in inputs.items()}
     arguments = {"score_threshold": 0.001, "topk_per_class": n}
-    boxes, scores, labels, counts = ops.detect(**inputs, **arguments)
+    boxes, _, labels, counts = ops.detect(**inputs, **arguments)
     double = {k: v.double() for k, v in inputs.items()}
     expected = reference.detect(**double, **arguments)
     assert torch.equal(counts, expected[3])

@@ -335,7 +335,7 @@ def _arguments(
     max_detections=200,
     activation="softmax",
     variances=(0.1, 0.2),
-    clip=math.log(1000 / 16),
+    clip: float = math.log(1000 / 16),
     class_agnostic=False,
     window=None,
 ):
@@ -550,7 +550,7 @@ DETECT = Op(
         ErrorCase("priors", _call(priors=torch.rand(3, 5)), r"priors must be \[P, 4\], got \[3, 5\]"),
         ErrorCase("P of logits", _call(logits=torch.rand(2, 4, 5)), r"logits must be .* P = 3, .* got \[2, 4, 5\]"),
         ErrorCase("one image", _call(logits=torch.rand(3, 5)), r"logits must be \[B, P, C\].* got \[3, 5\]"),
-        ErrorCase("B of deltas", _call(deltas=torch.rand(1, 3, 4)), r"deltas must be .* B = 2 and P = 3, got \[1, 3, 4\]"),
+        ErrorCase("B of deltas", _call(deltas=torch.rand(1, 3, 4)), r"B = 2 and P = 3, got \[1, 3, 4\]"),
         ErrorCase("deltas", _call(deltas=torch.rand(2, 3, 5)), r"deltas must be \[B, P, 4\].* got \[2, 3, 5\]"),
         ErrorCase("dtypes mixed", _call(logits=torch.rand(2, 3, 5).double()), r"dtype of deltas, float32, got float64"),
         ErrorCase("integers", _call(deltas=torch.ones(2, 3, 4).long()), r"deltas must be float32.* got int64"),
