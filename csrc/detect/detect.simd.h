@@ -5,7 +5,9 @@
 // pass over the logits collects only the best few (Shortlist). Where they run out, because too many
 // were suppressed, a second pass collects every candidate that counts (ClassLists).
 
-constexpr int64_t kLeastShort = 1024;   // keys that a shortlist holds at the least
+constexpr int64_t kLeastShort = 512;    // keys that a shortlist is cut to, at the least,
+constexpr int64_t kOverflow = 8;        // when it holds so many times as many
+constexpr int64_t kAhead = 12;          // keys between the one visited and the one whose deltas are fetched
 constexpr int64_t kFirstSorted = 384;   // keys sorted at first; then four times as many, and so on
 constexpr int64_t kRowsOfSlice = 1024;  // rows worth a thread, where there are few images
 constexpr int64_t kSlices = 64;         // at the most, all images together
@@ -52,6 +54,7 @@ template <class T>
 struct Floors {
   std::vector<T> of_class;  // [classes, filled up to whole steps of kSumLanes]
   T logit;                  // detect::reject_below of the least of them
+  T share;                  // a term of softmax below floor * share * (the sum of all) has a score below floor
 
   explicit Floors(const detect::Inputs& in) : of_class(detect::padded(in.sizes.classes), kInfinity) {
     set_all(in, least(in));
@@ -65,10 +68,12 @@ struct Floors {
   void set_all(const detect::Inputs& in, T floor) {
     for (int64_t c = in.params.sigmoid ? 0 : 1; c < in.sizes.classes; ++c) of_class[c] = floor;
     logit = detect::reject_below(floor, in.params.sigmoid);
+    // Next to denormals products round too coarsely: then every quotient is taken.
+    share = floor < T(1e-30) ? T(0) : T(1 - 1e-6);
   }
 };
 
-// The best keys of all, `size` of them or a few more.
+// The best keys of all.
 template <class T>
 class Shortlist {
  public:
@@ -77,12 +82,12 @@ class Shortlist {
   Key<T> dropped = 0;  // the greatest of those that were left out
 
   explicit Shortlist(const detect::Inputs& in)
-      : floors(in), in_(in), size_(std::max(kLeastShort, 4 * in.params.max_detections)) {}
+      : floors(in), in_(in), size_(std::max(kLeastShort, 2 * in.params.max_detections)) {}
 
   void add(int64_t, Key<T> key) {
     if (key < dropped) return;
     keys.push_back(key);
-    if (int64_t(keys.size()) < 2 * size_) return;
+    if (int64_t(keys.size()) < kOverflow * size_) return;
     std::nth_element(keys.begin(), keys.begin() + size_, keys.end(), std::greater<Key<T>>());
     dropped = keys[size_];
     keys.resize(size_);
@@ -155,6 +160,28 @@ inline __attribute__((always_inline)) bool rejected(const T* x, int64_t classes,
   return !greater_bits(most - base, splat<V>(bound));
 }
 
+// All kSumLanes lanes of some vectors as one, by halves: lane l and lane l + 8, 4, 2, 1; in every lane.
+template <int kHalf, class V, int... I>
+inline __attribute__((always_inline)) V swap_halves(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ kHalf)...);
+}
+template <int kHalf, class V, class F>
+inline __attribute__((always_inline)) V fold_lanes(V v, const F& f) {
+  if constexpr (kHalf == 0) {
+    return v;
+  } else {
+    const V other = swap_halves<kHalf>(v, std::make_integer_sequence<int, int(sizeof(V) / sizeof(ScalarOf<V>))>{});
+    return fold_lanes<kHalf / 2>(f(v, other), f);
+  }
+}
+template <int kParts, class V, class F>
+inline __attribute__((always_inline)) V fold(V (&v)[kParts], const F& f) {
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int part = 0; part < half; ++part) v[part] = f(v[part], v[part + half]);
+  }
+  return fold_lanes<int(sizeof(V) / sizeof(ScalarOf<V>)) / 2>(v[0], f);
+}
+
 // The scores of one row at a time.
 template <class T>
 class Row {
@@ -174,17 +201,18 @@ class Row {
   void score(List& list, int64_t prior, int64_t priors) {
     using V = Vec<T>;
     if (sigmoid_) {
-      emit(list, prior, priors, [&](int64_t c) { return sigmoid(load<T>(&logits_[c])); });
+      emit(
+          list, prior, priors, splat<V>(1), [&](int64_t c) { return sigmoid(load<T>(&logits_[c])); },
+          [](V scores) { return scores; });
       return;
     }
     constexpr int lanes = kLanes<T>, parts = detect::kSumLanes / lanes;
-    V most = load<T>(&logits_[0]);
-    for (int64_t c = lanes; c < padded_; c += lanes) most = max_of(load<T>(&logits_[c]), most);
-    T of_lanes[detect::kSumLanes];
-    store(of_lanes, most);
-    T greatest = of_lanes[0];
-    for (int l = 1; l < lanes; ++l) greatest = max_of(of_lanes[l], greatest);
-    V sums[parts] = {};
+    V most[parts], sums[parts] = {};
+    for (int part = 0; part < parts; ++part) most[part] = load<T>(&logits_[part * lanes]);
+    for (int64_t c = detect::kSumLanes; c < padded_; c += detect::kSumLanes) {
+      for (int part = 0; part < parts; ++part) most[part] = max_of(load<T>(&logits_[c + part * lanes]), most[part]);
+    }
+    const V greatest = fold(most, [](V a, V b) { return max_of(a, b); });
     for (int64_t c = 0; c < padded_; c += detect::kSumLanes) {
       for (int part = 0; part < parts; ++part) {
         const V term = exp(load<T>(&logits_[c + part * lanes]) - greatest);
@@ -192,23 +220,23 @@ class Row {
         sums[part] += term;
       }
     }
-    for (int part = 0; part < parts; ++part) store(of_lanes + part * lanes, sums[part]);
-    for (int half = detect::kSumLanes / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) of_lanes[l] += of_lanes[l + half];
-    }
-    const V sum = splat<V>(of_lanes[0]);
-    emit(list, prior, priors, [&](int64_t c) { return load<T>(&scores_[c]) / sum; });
+    const V sum = fold(sums, [](V a, V b) { return a + b; });
+    emit(
+        list, prior, priors, sum * list.floors.share, [&](int64_t c) { return load<T>(&scores_[c]); },
+        [&](V terms) { return terms / sum; });
   }
 
  private:
-  template <class List, class Scores>
-  inline __attribute__((always_inline)) void emit(List& list, int64_t prior, int64_t priors, const Scores& scores_at) {
+  // The candidates among score(term(c)), c = 0, 1, ...; a term below its floor times `share` is none.
+  template <class List, class Term, class Score>
+  inline __attribute__((always_inline)) void emit(List& list, int64_t prior, int64_t priors, Vec<T> share,
+                                                  const Term& term, const Score& score) {
     for (int64_t c = 0; c < padded_; c += kLanes<T>) {
-      const Vec<T> scores = scores_at(c);
-      unsigned above = mask_bits(scores >= load<T>(&list.floors.of_class[c]));
-      if (!above) continue;
+      const Vec<T> terms = term(c), floors = load<T>(&list.floors.of_class[c]);
+      if (!mask_bits(terms >= floors * share)) continue;
+      const Vec<T> scores = score(terms);
       store(&scores_[c], scores);
-      for (; above; above &= above - 1) {
+      for (unsigned above = mask_bits(scores >= floors); above; above &= above - 1) {
         const int64_t k = c + __builtin_ctz(above);
         list.add(k, detect::make_key(scores_[k], uint32_t(k * priors + prior)));
       }
@@ -294,6 +322,7 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
   T *boxes = out.boxes + image * most * 4, *scores = out.scores + image * most;
   int64_t* labels = out.labels + image * most;
   Kept<T> kept(params.class_agnostic ? 1 : classes, T(params.iou_threshold));
+  const int64_t delta_bytes = in.dtype == DType::f64 ? 8 : in.dtype == DType::f32 ? 4 : 2;
   std::vector<int64_t> visited(classes);
   int64_t count = 0, sorted = 0, next = kFirstSorted;
   keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key<T> key) { return key <= bound; }), keys.end());
@@ -305,6 +334,11 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
       const auto end = keys.begin() + sorted;
       if (end != keys.end()) std::nth_element(begin, end, keys.end(), std::greater<Key<T>>());
       std::sort(begin, end, std::greater<Key<T>>());
+    }
+    if (i + kAhead < sorted) {
+      const int64_t prior = detect::number_of<T>(keys[i + kAhead]) % priors;
+      const int64_t at = image * in.deltas.image + prior * in.deltas.row;
+      __builtin_prefetch(static_cast<const char*>(in.deltas.data) + at * delta_bytes);
     }
     const int64_t number = detect::number_of<T>(keys[i]), label = number / priors;
     if (visited[label]++ >= params.topk_per_class) continue;
