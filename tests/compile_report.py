@@ -40,7 +40,10 @@ WIDE = {
 }
 
 # Dynamic shared memory, which the launchers choose: the most bytes a block of theirs asks for.
-DYNAMIC_SHARED = {"mining::hard_negatives_kernel": 40 * 1024 + 1808}  # the cached keys, and struct Shared
+DYNAMIC_SHARED = {
+    "detect::select_kernel": 40 * 1024,  # the cached scores
+    "mining::hard_negatives_kernel": 40 * 1024 + 1816,  # the cached keys, and struct Shared
+}
 
 
 @dataclass

@@ -111,9 +111,12 @@ def test_background_is_a_class_of_sigmoid_alone(device):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [2, 3, 20, 81])
-def test_threshold_is_strict_at_every_score(activation, dtype, classes, device, simd, generator):
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_threshold_is_strict_at_every_score(activation, dtype, classes, layout, device, simd, generator):
     """Rows are rejected by their logits before any score is computed: that must decide as the score would."""
     inputs = random_image(generator, 200, classes, background=6.0 if activation == "softmax" else 0.0, dtype=dtype)
+    if layout == "columns":
+        inputs["logits"] = inputs["logits"].mT.contiguous().mT
     inputs = {k: v.to(device) for k, v in inputs.items()}
     same = {"iou_threshold": 1.0, "topk_per_class": 10**6, "max_detections": 200 * classes, "activation": activation}
     for level in SIMD_LEVELS:

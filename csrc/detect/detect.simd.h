@@ -9,8 +9,8 @@ constexpr int64_t kLeastShort = 512;    // keys that a shortlist is cut to, at t
 constexpr int64_t kOverflow = 8;        // when it holds so many times as many
 constexpr int64_t kAhead = 12;          // keys between the one visited and the one whose deltas are fetched
 constexpr int64_t kFirstSorted = 384;   // keys sorted at first; then four times as many, and so on
+constexpr int64_t kColumnRows = 256;    // rows looked at together where classes are the outer dimension
 constexpr int64_t kRowsOfSlice = 1024;  // rows worth a thread, where there are few images
-constexpr int64_t kSlices = 64;         // at the most, all images together
 
 template <class T>
 using Key = detect::Key<T>;
@@ -83,6 +83,12 @@ class Shortlist {
 
   explicit Shortlist(const detect::Inputs& in)
       : floors(in), in_(in), size_(std::max(kLeastShort, 2 * in.params.max_detections)) {}
+
+  void clear() {
+    keys.clear();
+    dropped = 0;
+    floors.set_all(in_, floors.least(in_));
+  }
 
   void add(int64_t, Key<T> key) {
     if (key < dropped) return;
@@ -248,6 +254,18 @@ class Row {
   std::vector<T> logits_, scores_;
 };
 
+// most[i] = the greatest logit, but for a NaN, of prior i for any class; a class's logits are contiguous.
+template <class T>
+void greatest_of_columns(const T* x, int64_t stride, int64_t first, int64_t classes, int64_t n, T* most) {
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  std::fill(most, most + n, -std::numeric_limits<T>::infinity());
+  for (int64_t c = first; c < classes; ++c) {
+    const T* column = x + c * stride;
+    for (int64_t i = 0; i < whole; i += kLanes<T>) store(most + i, max_of(load<T>(column + i), load<T>(most + i)));
+    for (int64_t i = whole; i < n; ++i) most[i] = max_of(column[i], most[i]);
+  }
+}
+
 // Adds the candidates among priors begin .. end of an image to the list.
 template <class T, class List>
 void collect(const detect::Inputs& in, int64_t image, int64_t begin, int64_t end, List& list) {
@@ -256,6 +274,9 @@ void collect(const detect::Inputs& in, int64_t image, int64_t begin, int64_t end
   if (classes == 0) return;
   const bool native = in.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32), is_sigmoid = in.params.sigmoid;
   Row<T> row(in);
+  const auto gather_row = [&](int64_t p) {
+    gather(logits.data, in.dtype, image * logits.image + p * logits.row, logits.column, classes, row.logits());
+  };
   if (native && (logits.column == 1 || classes == 1)) {
     const T* x = static_cast<const T*>(logits.data) + image * logits.image;
     for (int64_t p = begin; p < end; ++p) {
@@ -264,11 +285,23 @@ void collect(const detect::Inputs& in, int64_t image, int64_t begin, int64_t end
       memcpy(row.logits(), from, classes * sizeof(T));
       row.score(list, p, priors);
     }
-    return;
-  }
-  for (int64_t p = begin; p < end; ++p) {
-    gather(logits.data, in.dtype, image * logits.image + p * logits.row, logits.column, classes, row.logits());
-    if (!rejected<T>(row.logits(), classes, is_sigmoid, list.floors.logit)) row.score(list, p, priors);
+  } else if (native && logits.row == 1) {
+    T most[kColumnRows];
+    for (int64_t p = begin; p < end; p += kColumnRows) {
+      const T* x = static_cast<const T*>(logits.data) + image * logits.image + p;
+      const int64_t n = std::min(kColumnRows, end - p);
+      greatest_of_columns(x, logits.column, is_sigmoid ? 0 : 1, classes, n, most);
+      for (int64_t i = 0; i < n; ++i) {
+        if (!(most[i] - (is_sigmoid ? T(0) : x[i]) > list.floors.logit)) continue;
+        gather_row(p + i);
+        row.score(list, p + i, priors);
+      }
+    }
+  } else {
+    for (int64_t p = begin; p < end; ++p) {
+      gather_row(p);
+      if (!rejected<T>(row.logits(), classes, is_sigmoid, list.floors.logit)) row.score(list, p, priors);
+    }
   }
 }
 
@@ -381,15 +414,18 @@ void finish(const detect::Inputs& in, int64_t image, Shortlist<T>* slices, int64
 template <class T>
 void detect_images(const detect::Inputs& in, const detect::Outputs<T>& out) {
   const int64_t images = in.sizes.images, priors = in.sizes.priors;
-  const int64_t wanted = images > 0 ? (kSlices + images - 1) / images : 1;
+  if (images == 0) return;
+  // Slices of rows, so that a few images keep all threads busy. The result does not depend on them.
+  const int64_t wanted = (2 * int64_t(torch::stable::get_num_threads()) + images - 1) / images;
   const int64_t slices = std::max(int64_t{1}, std::min(wanted, priors / kRowsOfSlice));
   const auto collect_slice = [&](int64_t image, int64_t slice, Shortlist<T>& list) {
     collect<T>(in, image, priors * slice / slices, priors * (slice + 1) / slices, list);
   };
   if (slices == 1) {
     parallel_for(images, 1, [&](int64_t begin, int64_t end) {
+      Shortlist<T> list(in);
       for (int64_t image = begin; image < end; ++image) {
-        Shortlist<T> list(in);
+        list.clear();
         collect_slice(image, 0, list);
         finish(in, image, &list, 1, out);
       }

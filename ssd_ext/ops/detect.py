@@ -59,9 +59,10 @@ def detect(
     a row with a NaN or +inf logit); a box with a NaN or infinite coordinate suppresses nothing and is
     not suppressed. Which boxes are found, and their scores, agree to the bit between CPU and CUDA.
 
-    Memory beside inputs and outputs, with keys of 8 bytes (16 for float64). CPU: ``2 max(1024, 4 K)`` keys
-    for each image at work; where NMS leaves fewer than ``K`` of them, ``3 C min(topk_per_class, P)``.
-    CUDA: ``B C min(topk_per_class, P)`` keys and 8 bytes (16) a row of ``logits``.
+    Memory beside inputs and outputs, in keys of 8 bytes (16 for float64), ``k = min(topk_per_class, P)``.
+    CPU: at most ``16 max(4096, 16 K)`` keys a thread; an image of which NMS leaves too few of them takes a
+    second pass over its logits, with at most ``6 C k`` keys. CUDA: ``B C k`` keys, 8 bytes (16) a row of
+    logits under softmax, and 20 bytes (36) a detection, 8 a class of each image.
 
     Not differentiable. No wait for the GPU; fits into a CUDA graph.
 
