@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_build"))
 from backend import MIN_TORCH, TORCH_REQUIREMENT, installed_torch, torch_version  # noqa: E402
 
-FORWARDED = ("SSD_EXT_CUDA", "SSD_EXT_SANITIZE")
+FORWARDED = ("SSD_EXT_CUDA", "SSD_EXT_SANITIZE", "SSD_EXT_EMULATE")
 ISOLATION = "or build without --no-build-isolation"
 
 

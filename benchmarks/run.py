@@ -28,10 +28,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import logging
-import platform
-import subprocess
 import sys
 import warnings
 from datetime import datetime
@@ -51,6 +48,7 @@ import torch  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.cases import OPS  # noqa: E402
 from benchmarks.measure import OURS, Plan, contenders_of, measure, measure_scaling  # noqa: E402
+from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
 from benchmarks.timing import CpuClock, CudaClock, memory_rate  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
@@ -123,40 +121,23 @@ def conditions(args: argparse.Namespace, rate: float) -> dict[str, Any]:
     cuda = args.device == "cuda"
     return {
         "device": args.device,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "threads": args.threads,
         "simd": _C.simd_level(),
         "memory_gb_per_s": rate * 1e-9,
         "versions": {"torch": torch.__version__} | {name: _version(name) for name in ("torchvision", "onnxruntime")},
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         "quick": args.quick,
         "l2_flushed": args.flush_l2 if cuda else None,
     }
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
         return None
 
 
@@ -193,8 +174,8 @@ class Progress:
         print(text, flush=True)
 
 
-def compare(ops, args, clock, plan, rate) -> list[dict[str, Any]]:
-    """Measure and print op by op."""
+def compare(ops, args, clock, plan, rate, save) -> list[dict[str, Any]]:
+    """Measure and print op by op; ``save(results)`` after each."""
     chosen = [(op, [case for case in op.cases if case.benchmark and (case.quick or not args.quick)]) for op in ops]
     results = []
     with Progress(sum(len(cases) for _, cases in chosen)) as progress:
@@ -208,6 +189,7 @@ def compare(ops, args, clock, plan, rate) -> list[dict[str, Any]]:
             if done:
                 progress.print(f"\n{report.op_table(op.name, done)}")
             results += done
+            save(results)
     return results
 
 
@@ -232,19 +214,24 @@ def main(arguments: list[str] | None = None) -> int:
     rate = memory_rate(clock)
     under = conditions(args, rate)
     made = {"conditions": under, "results": []}
+
+    def save(results: list[dict[str, Any]]) -> None:
+        made["results"] = results
+        if args.json:
+            write_json(args.json, made)
+
     print(report.conditions_text(under), flush=True)
     if args.scaling:
         op = next(op for op in OPS if op.name == args.scaling)
         rows = scale(op, clock, plan)
         made["scaling"] = [{"op": op.name, "rows": rows}]
+        save([])
         ours = rows
     else:
-        results = made["results"] = compare([op for op in OPS if op.name in args.ops], args, clock, plan, rate)
+        results = compare([op for op in OPS if op.name in args.ops], args, clock, plan, rate, save)
         print(f"\n{report.LEGEND}\n\n{report.summary(results)}\n\n{report.conditions_text(under)}")
         ours = [row for result in results for row in result["contenders"] if row["name"] == OURS]
 
-    if args.json:
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
     if args.plot:
         from benchmarks.plot import draw
 

@@ -67,7 +67,7 @@ def report() -> str:
         *([("architectures", architectures)] if architectures else []),
         *(("GPU", gpu) for gpu in _gpus(architectures)),
         ("compiler", info["compiler"]),
-        *([("sanitizers", info["sanitizers"])] if "sanitizers" in info else []),
+        *((name, info[name]) for name in ("sanitizers", "emulator") if name in info),
     ]
     width = max(len(name) for name, _ in facts) + 2
     return "\n".join(f"{name + ':':{width}}{fact}" for name, fact in facts)

@@ -23,7 +23,7 @@ SANITIZER_REPORTS = {
     "out of bounds: before an input": "AddressSanitizer: heap-buffer-overflow",
     "out of bounds: behind an output": "AddressSanitizer: heap-buffer-overflow",
     "out of bounds: carved array": "AddressSanitizer: use-after-poison",
-    "sanitizer: behind a shared array": "AddressSanitizer: global-buffer-overflow",
+    "sanitizer: behind a shared array": "runtime error: index 64 out of bounds|global-buffer-overflow",
     "sanitizer: misaligned": "runtime error: .* misaligned address",
     "sanitizer: overflow": "runtime error: signed integer overflow",
 }

@@ -59,6 +59,7 @@ def test_a_box_that_meets_no_prior_still_gets_one():
     assert ops.match([far], priors, force="none").tolist() == [[1, -1]]
 
 
+@pytest.mark.slow
 def test_a_thousand_equal_ground_truths(device):
     box = torch.tensor([[0.2, 0.3, 0.5, 0.6]], device=device)
     priors = ssd300_priors().to(device)
@@ -105,6 +106,32 @@ def test_both_forms_of_ragged_boxes_agree(generator, device):
         ops.assign_targets(boxes, labels, priors), ops.assign_targets(pair, torch.cat(labels), priors), strict=True
     ):
         assert torch.equal(a, b)
+
+
+WRONG_OFFSETS = {
+    "falls": (20, 3),
+    "falls late": (280, 7),
+    "too great": (30, 41),
+    "negative": (0, -1),
+    "huge": (9, 2**62),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_OFFSETS)
+@pytest.mark.parametrize("force", ["none", "bipartite"])
+def test_cuda_gives_images_no_rows_from_wrong_offsets_on(wrong, force, gpu, generator):
+    """There it cannot refuse them without waiting for the GPU."""
+    boxes, images = random_boxes(40, generator), 300  # more images than a block has threads
+    priors = ssd300_priors()[-40:]
+    offsets = torch.arange(images + 1).clamp(max=len(boxes))
+    at, value = WRONG_OFFSETS[wrong]
+    offsets[at] = value
+    rows, right = [], offsets[0] >= 0
+    for begin, end in offsets.unfold(0, 2, 1).tolist():
+        right = right and begin <= end <= len(boxes)
+        rows.append(boxes[begin:end] if right else boxes[:0])
+    matches = gpu(ops.match, {"gt_boxes": (boxes, offsets), "priors": priors, "force": force})
+    assert torch.equal(matches, ops.match(rows, priors, force=force))
 
 
 def test_an_image_without_objects_may_be_an_empty_tensor(device):

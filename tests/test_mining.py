@@ -85,7 +85,8 @@ def test_every_bit_of_the_key_decides(n, share, device, generator):
     wanted = int(share * n)
     mask = ops.hard_negatives(loss, labels, min_negatives=wanted)
     assert mask.sum(1).tolist() == [wanted] * 2
-    assert torch.equal(mask, reference.hard_negatives(loss, labels, min_negatives=wanted))
+    # On the CPU: a GPU's sort need not put a NaN with the sign bit first.
+    assert torch.equal(mask.cpu(), reference.hard_negatives(loss.cpu(), labels.cpu(), min_negatives=wanted))
 
 
 def test_more_images_than_the_grid_has_blocks(device):

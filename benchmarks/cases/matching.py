@@ -163,7 +163,7 @@ def _torchvision_match(inputs: Inputs):
     if inputs.get("force") != "last" or inputs.get("low_threshold") or isinstance(inputs["gt_boxes"], tuple):
         raise MissingPeerError("torchvision: SSDMatcher has force='last' and one threshold only")
     priors, matcher = box_convert(inputs["priors"], "cxcywh", "xyxy"), SSDMatcher(inputs.get("iou_threshold", 0.5))
-    background = torch.full((len(priors),), -1)
+    background = torch.full((len(priors),), -1, device=priors.device)
 
     def of_image(boxes):
         return matcher(box_iou(boxes, priors)) if boxes.numel() else background
@@ -183,7 +183,7 @@ def _torchvision_targets(inputs: Inputs):
         all_labels, all_deltas = [], []
         for matched, boxes, labels in zip(match(), inputs["gt_boxes"], inputs["gt_labels"], strict=True):
             positive = matched >= 0
-            target = torch.zeros(len(priors), dtype=torch.int64)
+            target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
             target[positive] = labels[matched[positive]]
             deltas = priors.new_zeros(len(priors), 4)
             deltas[positive] = coder.encode_single(boxes[matched[positive]], priors[positive])

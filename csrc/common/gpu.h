@@ -73,7 +73,11 @@ struct Scratch {
   template <class T>
   T* take(size_t count) {
     bytes = Smem::end_of<T>(bytes, count);
-    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + bytes - count * sizeof(T));
+    T* array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + bytes - count * sizeof(T));
+#if defined(SSD_EXT_EMULATE)
+    bytes += emulator::declare_array(array, count * sizeof(T), base);
+#endif
+    return array;
   }
 };
 

@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "emulator.h"
+#include "mutants.h"
+
+int emulator::mutant = -1;
 
 void bind_emulator(pybind11::module_ m) {
   m.doc() = "Runs the CUDA kernels on the CPU";
@@ -12,4 +15,5 @@ void bind_emulator(pybind11::module_ m) {
   m.def("launched_kernels", &emulator::launched_kernels);
   m.def("fault_names", &emulator::fault_names);
   m.def("run_fault", &emulator::run_fault);
+  m.def("set_mutant", [](int number) { emulator::mutant = number; });  // see mutate.py
 }

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <tuple>
 
+#include "emulator.h"
+
 // ---- the language -----------------------------------------------------------------------------
 
 #undef __global__

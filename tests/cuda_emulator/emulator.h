@@ -20,6 +20,10 @@ enum class Content {
 void declare(const void* memory, size_t bytes, Content content);
 void forget();  // all that is declared: the call is over
 
+// An array within undefined memory that is declared, if `workspace` is not null: from here on only such arrays
+// of it may be touched. Returns how many bytes to leave free behind it, so that leaving it is noticed.
+size_t declare_array(const void* array, size_t bytes, const void* workspace);
+
 // Kernels of this module, demangled, and those of them that have been launched.
 std::vector<std::string> kernels();
 std::vector<std::string> launched_kernels();

@@ -100,7 +100,7 @@ void erase_if(F unwanted) {
 
 // ---- shared memory ------------------------------------------------------------------------------
 
-// Each carved array is moved behind the last by a gap, so that leaving it is noticed.
+// Each carved array lies behind the last by a gap, so that leaving it is noticed.
 constexpr size_t kGap = 64;
 constexpr size_t kMostArrays = 64;
 
@@ -287,11 +287,29 @@ void* carve(size_t offset, size_t bytes) {
   return array->second.begin;
 }
 
+static const char kWritable[] = "an output or workspace";
+static const char kArray[] = "an array of a workspace";
+
 void declare(const void* begin, size_t bytes, Content content) {
   if (!is_on() || bytes == 0) return;
   const bool input = content == Content::input;
-  memory::add(static_cast<char*>(const_cast<void*>(begin)), bytes, input ? "an input" : "an output or workspace", false,
-              !input, input);
+  memory::add(static_cast<char*>(const_cast<void*>(begin)), bytes, input ? "an input" : kWritable, false, !input,
+              input);
+}
+
+size_t declare_array(const void* array, size_t bytes, const void* workspace) {
+  if (workspace && is_on()) {
+    const auto declared_at = [](const void* p, const char* name) {
+      const memory::Region* region = memory::find(static_cast<const char*>(p));
+      return region && region->begin == p && region->name == name ? region : nullptr;
+    };
+    if (const auto* whole = declared_at(workspace, kWritable)) memory::erase(whole->begin, whole->bytes);
+    const auto* same = declared_at(array, kArray);  // of an earlier launch of this call
+    if (bytes > 0 && !(same && same->bytes == bytes)) {
+      memory::add(static_cast<char*>(const_cast<void*>(array)), bytes, kArray, false, true, false);
+    }
+  }
+  return memory::kGap;
 }
 
 void forget() {

@@ -1,0 +1,12 @@
+#!/bin/bash
+# Everything that only a GPU can tell, in under 9 minutes and without a network:
+#   benchmarks/gpu_check.sh [--dry-run] [--full] [--out DIR] [STAGE...]
+# The stages, by default all: build tests bits graphs sanitizer benchmark. See gpu_check.py.
+set -euo pipefail
+
+PYTHON=${PYTHON:-python3} # the one that holds torch
+if ! command -v "$PYTHON" >/dev/null; then
+  echo "gpu_check: no $PYTHON on PATH; set PYTHON to the Python that holds torch" >&2
+  exit 2
+fi
+exec "$PYTHON" "$(dirname "$0")/gpu_check.py" "$@"

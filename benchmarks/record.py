@@ -1,0 +1,42 @@
+"""What the record of every run holds, and how it is written; no torch is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ask(*command: str) -> str | None:
+    """What a program prints; None where it is missing, fails or hangs."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Of the tree; where it was copied without .git, what SSD_EXT_COMMIT tells."""
+    told = ask("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
+    return told or os.environ.get("SSD_EXT_COMMIT") or None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """At once or not at all: whoever ends a run keeps what it wrote before."""
+    unfinished = file.with_name(file.name + ".part")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.replace(file)

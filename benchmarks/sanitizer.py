@@ -1,0 +1,128 @@
+"""How gpu_check.py runs compute-sanitizer, and reads what it says.
+
+Each tool runs kernel_calls.py, which plants the tool's own fault after the calls. A tool's verdict is "clean" where
+it reports that fault and nothing else of ours, and where every call was made::
+
+    {"verdict": "clean",  # or what is wrong, in words
+     "calls": 812,        # made; "total" there are, "failed" raised
+     "planted": 1,        # reports of the planted fault
+     "ours": 0,           # of our kernels, or of an output that no kernel wrote
+     "others": 0}         # of torch's own kernels: not ours to judge
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOLDER = Path(__file__).resolve().parent
+# Each tensor in an allocation of its own: its bounds are seen, and no earlier tensor has initialised it.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+OURS, PLANTED = "ssd_ext::", "ssd_ext::planted::"
+
+
+def compile_command(nvcc: str, library: Path, capability: str) -> list[str]:
+    target = f"arch=compute_{capability},code=sm_{capability}"
+    flags = ["-std=c++17", "-O2", "-lineinfo", "-shared", "-Xcompiler=-fPIC", f"-gencode={target}"]
+    return [nvcc, *flags, "-o", str(library), str(FOLDER / "gpu_faults.cu")]
+
+
+def check_faults(library: Path) -> None:
+    """AttributeError where one is missing."""
+    loaded = ctypes.CDLL(str(library))
+    for tool in TOOLS:
+        getattr(loaded, f"plant_{tool}")
+
+
+def calls_command(device: str) -> list[str]:
+    return [sys.executable, str(FOLDER / "kernel_calls.py"), "--device", device]
+
+
+def options(tool: str) -> list[str]:
+    chosen = [f"--tool={tool}", f"--port={50000 + 100 * TOOLS.index(tool)}"]  # they run at the same time
+    # A kernel that errs is ended, not the program; its exit status says nothing that the log does not.
+    chosen += ["--destroy-on-device-error=kernel", "--check-exit-code=no", "--target-processes=application-only"]
+    # By default a program that makes no CUDA call in its first ten seconds runs on unchecked.
+    chosen += ["--launch-timeout=0", "--show-backtrace=device", "--print-limit=5000"]
+    if tool == "memcheck":
+        # torch asks for what a driver need not have; our launches check their own errors
+        chosen += ["--padding=512", "--report-api-errors=no"]
+    if tool != "initcheck":  # which must see torch's kernels write to know what is initialised
+        chosen.append("--kernel-name=kns=ssd_ext")
+    return chosen
+
+
+def command(program: str, tool: str, seconds: float, faults: Path) -> list[str]:
+    calls = [*calls_command("cuda"), "--seconds", f"{seconds:.0f}", "--plant", str(faults), tool]
+    return [program, *options(tool), *calls]
+
+
+def refused_options(program: str) -> list[str]:
+    """A sentence for each tool whose options this version does not take; needs no GPU."""
+    refused = []
+    for tool in TOOLS:
+        run = [program, *options(tool), "--require-cuda-init=no", "/bin/true"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            refused.append(f"{tool}: {(done.stdout + done.stderr).strip().splitlines()[-1:]} to {' '.join(run)}")
+    return refused
+
+
+def calls_made(text: str) -> tuple[int, int, int]:
+    """(made, there are, raised), as kernel_calls.py tells."""
+    found = re.search(r"^(\d+) of (\d+) calls, (\d+) failed$", text, re.MULTILINE)
+    return tuple(map(int, found.groups())) if found else (0, 0, 0)
+
+
+def reports(text: str) -> list[str]:
+    """The tool's reports: each a line and those indented below it. Most of its other lines stand alone."""
+    found: list[list[str]] = []
+    for line in text.splitlines():
+        if not line.startswith("========="):
+            continue
+        said = line.removeprefix("=========")
+        if said.startswith("  ") and found:
+            found[-1].append(said.strip())
+        else:
+            found.append([said.strip()])
+    alone = re.compile("Race reported|Barrier error")
+    return ["\n".join(lines) for lines in found if len(lines) > 1 or alone.search(lines[0])]
+
+
+def summary(text: str) -> int:
+    """How many errors or hazards the tool itself counts."""
+    return sum(map(int, re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)))
+
+
+def judge(text: str, status: int | None) -> dict[str, Any]:
+    """The verdict of one tool from its output and exit status; None: killed at its limit."""
+    done, total, failed = calls_made(text)
+    all_reports = reports(text)
+    planted = sum(PLANTED in report for report in all_reports)
+    # A copy of uninitialised memory to the host names no kernel: it is an output that was not written.
+    ours = sum(OURS in report or "Host API" in report for report in all_reports) - planted
+    unread = max(0, summary(text) - len(all_reports))
+    found = {"calls": done, "total": total, "failed": failed}
+    found |= {"planted": planted, "ours": ours, "others": len(all_reports) - planted - ours}
+    if ours or failed:
+        verdict = f"{ours} reports of ours, {failed} calls failed"
+    elif status is None:
+        verdict = "timed out"
+    elif not done:
+        verdict = "made no call: the tool does not work here, or torch does not under it"
+    elif done < total:
+        verdict = "timed out"
+    elif not planted:
+        verdict = "did not notice the planted fault"
+    elif "Internal Sanitizer Error" in text:
+        verdict = "the tool itself failed: its log tells where"
+    elif unread:
+        verdict = f"{unread} reports that sanitizer.py could not read"
+    else:
+        verdict = "clean"
+    return {"verdict": verdict} | found
