@@ -160,10 +160,10 @@ def test_an_image_does_not_depend_on_its_batch(device, generator):
             assert torch.equal(whole[b], alone[0])
 
 
-@pytest.mark.parametrize("classes", [2, 5, 40])
+@pytest.mark.parametrize("classes", [2, 6])
 def test_candidates_that_outnumber_every_list(classes, device, generator):
     """One class holds the best scores, and all boxes are alike: what counts comes last."""
-    n = 3000
+    n = 5000 // classes + 100
     inputs = random_image(generator, n, classes, background=-3.0)
     inputs["deltas"].zero_()
     inputs["priors"][:] = torch.tensor(PRIOR)

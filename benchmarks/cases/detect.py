@@ -104,6 +104,11 @@ def _equal_boxes(inputs):
     inputs["priors"][:] = torch.tensor([0.5, 0.5, 0.2, 0.2])
 
 
+def _all_equal(inputs):
+    _equal_scores(inputs)
+    _equal_boxes(inputs)
+
+
 def _one_class_leads(inputs):
     """Most candidates are of one class and overlap: far more must be seen than are kept."""
     _equal_boxes(inputs)
@@ -140,6 +145,7 @@ def _expanded(inputs):
     inputs["logits"] = inputs["logits"][:1].expand_as(inputs["logits"])
 
 
+_EVERY_CLASS = {"class_agnostic": True, "score_threshold": 0.001}
 HALVES_TOO = (*EXACT, torch.float16, torch.bfloat16)
 _UNIT = {"window": (0.0, 0.0, 1.0, 1.0)}
 _SMALL = [
@@ -153,7 +159,8 @@ _SMALL = [
     _case("P=1", 3, 1, 6, 0.0),
     _case("P=0", 2, 0, 6),
     _case("B=0", 0, 20, 6),
-    _case("P=24564", 1, 24564, 3, 8.0),
+    # More priors than the GPU keeps scores of in shared memory, and more candidates than its lists hold.
+    _case("P=24564", 1, 24564, 3, 8.0, dtypes=(torch.float32,), topk_per_class=20),
     _case("no candidate", 2, 60, 5, 30.0, dtypes=HALVES_TOO),
     _case("more wanted than there are", 2, 30, 4, 1.0, max_detections=5000),
     _case("few wanted", 2, 90, 8, 0.0, max_detections=3),
@@ -161,12 +168,12 @@ _SMALL = [
     _case("few of each class, ties at the cut", 2, 90, 8, 0.0, change=_tied_scores, topk_per_class=7),
     _case("all scores equal", 2, 60, 12, change=_equal_scores, topk_per_class=30, max_detections=100),
     _case("all boxes equal", 2, 60, 7, 0.0, change=_equal_boxes),
-    # More candidates than the first pass of the CPU or a list of the GPU holds.
-    _case("untrained", 1, 700, 21, 0.0, score_threshold=0.001, max_detections=50),
-    _case("untrained, all boxes equal", 1, 1500, 9, 0.0, change=_equal_boxes, topk_per_class=100),
-    _case("untrained, all scores and boxes equal", 1, 1500, 9, change=lambda i: (_equal_scores(i), _equal_boxes(i))),
-    _case("one class leads", 1, 2500, 6, 0.0, change=_one_class_leads, topk_per_class=50, max_detections=100),
-    _case("untrained, class-agnostic", 1, 400, 21, 0.0, class_agnostic=True, score_threshold=0.001, iou_threshold=0.1),
+    # More candidates than the first pass of the CPU keeps, and than a list of the GPU holds.
+    _case("untrained", 1, 300, 17, 0.0, score_threshold=0.001, topk_per_class=60, max_detections=50),
+    _case("untrained, all boxes equal", 1, 1000, 8, 0.0, change=_equal_boxes, topk_per_class=50),
+    _case("untrained, all equal", 1, 700, 8, change=_all_equal, topk_per_class=50),
+    _case("one class leads", 1, 1400, 6, 0.0, change=_one_class_leads, topk_per_class=50, max_detections=100),
+    _case("untrained, class-agnostic", 1, 300, 17, 0.0, topk_per_class=60, iou_threshold=0.1, **_EVERY_CLASS),
     _case("class-agnostic", 2, 100, 9, class_agnostic=True, dtypes=HALVES_TOO),
     _case("class-agnostic, ties", 2, 100, 9, 1.0, change=_tied_scores, class_agnostic=True, topk_per_class=9),
     _case("sigmoid", 2, 80, 6, -3.0, activation="sigmoid", score_threshold=0.4, dtypes=HALVES_TOO),
@@ -188,7 +195,6 @@ _SMALL = [
     _case("sigmoid, logits [B, C, P]", 2, 75, 3, -3.0, change=_by_class, activation="sigmoid", score_threshold=0.5),
     _case("strided", 2, 60, 9, change=_strided, dtypes=HALVES_TOO),
     _case("expanded", 3, 60, 9, change=_expanded),
-    Case("trained", lambda g: _trained(1, 21, g), dtypes=EXACT),
 ]
 _LARGE = [
     _large("trained, C=81 B=1", lambda g: _trained(1, 81, g)),
@@ -569,6 +575,7 @@ DETECT = Op(
     ],
     peers={"torchvision": _torchvision, "tuned PyTorch": _tuned_torch, "ONNX Runtime": _onnx_runtime},
     agrees=_agrees,
+    full_size=lambda g: _trained(1, 21, g),
     scaling=lambda batch: _trained(batch, 81, torch.Generator().manual_seed(batch)),
 )
 
