@@ -108,27 +108,38 @@ def test_background_is_a_class_of_sigmoid_alone(device):
     assert found(inputs, activation="sigmoid") == [(1, 1), (0, 0), (0, 1), (1, 0)]
 
 
+def check_thresholds(inputs, activation, count):
+    """A threshold of one of the scores leaves those above it, and nothing else changes."""
+    classes = inputs["logits"].shape[2]
+    same = {"iou_threshold": 1.0, "topk_per_class": 10**6, "max_detections": 200 * classes, "activation": activation}
+    boxes, scores, labels, (found,) = ops.detect(**inputs, score_threshold=0.0, **same)
+    for k in range(0, int(found), 1 + int(found) // count):
+        threshold = scores[0, k].item()
+        above = int((scores[0] > threshold).sum())
+        result = ops.detect(**inputs, score_threshold=threshold, **same)
+        assert result[3].tolist() == [above]
+        assert torch.equal(result[0][0, :above], boxes[0, :above])
+        assert torch.equal(result[2][0, :above], labels[0, :above])
+
+
+# Rows are rejected by their logits before any score is computed: that must decide as the score would.
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [2, 3, 20, 81])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_threshold_is_strict_at_every_score(activation, dtype, classes, layout, device, simd, generator):
-    """Rows are rejected by their logits before any score is computed: that must decide as the score would."""
+def test_threshold_is_strict_at_every_score(activation, dtype, classes, layout, simd, generator):
     inputs = random_image(generator, 200, classes, background=6.0 if activation == "softmax" else 0.0, dtype=dtype)
     if layout == "columns":
         inputs["logits"] = inputs["logits"].mT.contiguous().mT
-    inputs = {k: v.to(device) for k, v in inputs.items()}
-    same = {"iou_threshold": 1.0, "topk_per_class": 10**6, "max_detections": 200 * classes, "activation": activation}
     for level in SIMD_LEVELS:
         simd(level)
-        boxes, scores, labels, (count,) = ops.detect(**inputs, score_threshold=0.0, **same)
-        for k in range(0, int(count), 1 + int(count) // 40):
-            threshold = scores[0, k].item()
-            above = int((scores[0] > threshold).sum())
-            result = ops.detect(**inputs, score_threshold=threshold, **same)
-            assert result[3].tolist() == [above]
-            assert torch.equal(result[0][0, :above], boxes[0, :above])
-            assert torch.equal(result[2][0, :above], labels[0, :above])
+        check_thresholds(inputs, activation, 40)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_threshold_is_strict_on_each_device(activation, device, generator):
+    inputs = random_image(generator, 40, 3, background=6.0 if activation == "softmax" else 0.0)
+    check_thresholds({k: v.to(device) for k, v in inputs.items()}, activation, 8)
 
 
 def test_scores_at_the_ends_of_the_range(device):
@@ -149,10 +160,9 @@ def test_halves_are_the_float32_result_rounded(dtype, activation, device, genera
         assert torch.equal(r, w.to(r.dtype))
 
 
-def test_an_image_does_not_depend_on_its_batch(device, generator):
-    """Few images are cut into slices, many are not."""
+def test_an_image_does_not_depend_on_its_batch(generator):
+    """The CPU cuts few images into slices, and many not."""
     inputs = random_image(generator, 2100, 4, batch=70, background=6.0)
-    inputs = {k: v.to(device) for k, v in inputs.items()}
     batch = ops.detect(**inputs)
     for b in (0, 1, 69):
         one = {"deltas": inputs["deltas"][b : b + 1], "logits": inputs["logits"][b : b + 1], "priors": inputs["priors"]}

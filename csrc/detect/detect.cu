@@ -18,7 +18,8 @@ using gpu::kTile;
 using gpu::Word;
 
 constexpr int kCollectThreads = 128;
-constexpr int kRows = 8;  // of a warp in collect_kernel, two at a time
+constexpr int kPairs = 4;  // of rows that a warp reads in collect_kernel, a row for each half
+constexpr int kRows = 2 * kPairs;
 constexpr int kSelectThreads = 512;
 constexpr size_t kMostCached = 40 * 1024;  // bytes of scores kept in shared memory; P = 8732 in float32 fits
 constexpr int kChunk = 512;
@@ -112,35 +113,50 @@ __global__ void __launch_bounds__(kCollectThreads, 1)
   const int lane = threadIdx.x % gpu::kWarp, half = lane / kSumLanes;
   const int classes = int(in.sizes.classes), first = int(first_class(in.params)), own = lane % kSumLanes;
   Key<C>* const list = w.lists + image * size;
+  const auto logit = [&](int64_t p, int c) { return at<T>(in.logits, image, p, c); };
+
+  // Whether a row can have a candidate, of all rows together: many loads on their way at once.
+  C most[kPairs];
+  for (int r = 0; r < kPairs; ++r) most[r] = -infinity;
+  for (int c = first + own; c < classes; c += kSumLanes) {
+#pragma unroll
+    for (int r = 0; r < kPairs; ++r) {
+      const int64_t p = first_row + 2 * r + half;
+      most[r] = max_of(logit(p < priors ? p : priors - 1, c), most[r]);
+    }
+  }
+  unsigned alive = 0;  // bit r: the r-th row of this half
+#pragma unroll
+  for (int r = 0; r < kPairs; ++r) {
+    const int64_t p = first_row + 2 * r + half;
+    const C greatest = max_of_lanes(most[r]);
+    if (p < priors && greatest - (is_sigmoid ? C(0) : logit(p, 0)) > bound) alive |= 1u << r;
+  }
+
   bool full = false;  // the list can take no more
 #pragma unroll 1
-  for (int row = 0; row < kRows; row += 2) {
-    const int64_t p = first_row + row + half;
-    const bool inside = p < priors;
-    const auto logit = [&](int c) { return at<T>(in.logits, image, p, c); };
-    C most = -infinity;
-    const C base = inside && !is_sigmoid ? logit(0) : C(0);
-    if (inside) {
-      for (int c = first + own; c < classes; c += kSumLanes) most = max_of(logit(c), most);
-    }
-    most = max_of_lanes(most);
-    const bool alive = inside && most - base > bound;
+  for (int r = 0; r < kPairs; ++r) {
+    const int64_t p = first_row + 2 * r + half;
+    const bool lives = alive >> r & 1;
     RowStats<C> stats{C(0), infinity};
-    if (__any_sync(gpu::kFullMask, alive)) {
+    if (__any_sync(gpu::kFullMask, lives)) {
       if (!is_sigmoid) {
-        const C greatest = max_of(base, most);
-        C sum = 0;
-        if (alive) {
-          for (int c = own; c < classes; c += kSumLanes) sum += exp(logit(c) - greatest);
+        C greatest = -infinity, sum = 0;
+        if (lives) {
+          for (int c = own; c < classes; c += kSumLanes) greatest = max_of(logit(p, c), greatest);
+        }
+        greatest = max_of_lanes(greatest);
+        if (lives) {
+          for (int c = own; c < classes; c += kSumLanes) sum += exp(logit(p, c) - greatest);
         }
         sum = sum_of_lanes(sum);
-        if (alive) stats = {greatest, sum};
+        if (lives) stats = {greatest, sum};
       }
       for (int start = 0; start < classes && !full; start += kSumLanes) {
         const int c = start + own;
         C score = 0;
-        if (alive && first <= c && c < classes) {
-          score = is_sigmoid ? sigmoid(logit(c)) : exp(logit(c) - stats.greatest) / stats.sum;
+        if (lives && first <= c && c < classes) {
+          score = is_sigmoid ? sigmoid(logit(p, c)) : exp(logit(p, c) - stats.greatest) / stats.sum;
         }
         const unsigned passed = __ballot_sync(gpu::kFullMask, score > threshold);
         if (passed == 0) continue;
@@ -153,7 +169,7 @@ __global__ void __launch_bounds__(kCollectThreads, 1)
         if (score > threshold && slot < size) list[slot] = make_key(score, uint32_t(c * priors + p));
       }
     }
-    if (own == 0 && inside && !is_sigmoid) w.rows[image * priors + p] = stats;
+    if (own == 0 && p < priors && !is_sigmoid) w.rows[image * priors + p] = stats;
   }
 }
 
