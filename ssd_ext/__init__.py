@@ -23,6 +23,7 @@ _C.simd_level()  # a wrong SSD_EXT_SIMD is told here, not inside the first op
 
 from ssd_ext import ops, priors, reference  # noqa: E402
 from ssd_ext.loss import MultiBoxLoss  # noqa: E402
+from ssd_ext.ops.detect import unpad  # noqa: E402
 
 __version__ = _version("ssd_ext")
-__all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference"]
+__all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference", "unpad"]

@@ -40,9 +40,10 @@ WIDE = {
 }
 
 # Dynamic shared memory, which the launchers choose: the most bytes a block of theirs asks for.
-DYNAMIC_SHARED = {  # the cached keys, and struct Selection
-    "mining::hard_negatives_kernel": 40 * 1024 + 1808,
-    "multibox_loss::mine_kernel": 40 * 1024 + 1808,
+DYNAMIC_SHARED = {
+    "detect::select_kernel": 40 * 1024,  # the cached scores
+    "mining::hard_negatives_kernel": 40 * 1024 + 1816,  # the cached keys, and struct Selection
+    "multibox_loss::mine_kernel": 40 * 1024 + 1816,
 }
 
 

@@ -35,9 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const T* __restrict
   for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
     const CenterBox<C> d = gpu::load_prior(deltas, r);
     const CenterBox<C> p = gpu::load_prior(priors, r % coding.num_priors);
-    const Box<C> b =
-        to_corners(CenterBox<C>{decode_center(d.cx, p.cx, p.w, center), decode_center(d.cy, p.cy, p.h, center),
-                                decode_size(d.w, p.w, size, clip), decode_size(d.h, p.h, size, clip)});
+    const Box<C> b = decode_box(d, p, center, size, clip);
     gpu::store_four(boxes, r, b.x1, b.y1, b.x2, b.y2);
   }
 }

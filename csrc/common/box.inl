@@ -71,3 +71,18 @@ SSD_EXT_HD V decode_size(V delta, V size, ScalarOf<V> variance, ScalarOf<V> clip
   const V d = delta * variance, top = splat<V>(clip);
   return exp(d > top ? top : d) * size;
 }
+template <class V>
+SSD_EXT_HD Box<V> decode_box(const CenterBox<V>& delta, const CenterBox<V>& prior, ScalarOf<V> center, ScalarOf<V> size,
+                             ScalarOf<V> clip) {
+  return to_corners(CenterBox<V>{decode_center(delta.cx, prior.cx, prior.w, center),
+                                 decode_center(delta.cy, prior.cy, prior.h, center),
+                                 decode_size(delta.w, prior.w, size, clip), decode_size(delta.h, prior.h, size, clip)});
+}
+
+// Each coordinate bounded to the window's; a NaN stays NaN.
+template <class V>
+SSD_EXT_HD Box<V> clip_box(const Box<V>& b, const Box<V>& window) {
+  const auto between = [](V x, V low, V high) { return x < low ? low : x > high ? high : x; };
+  return {between(b.x1, window.x1, window.x2), between(b.y1, window.y1, window.y2), between(b.x2, window.x1, window.x2),
+          between(b.y2, window.y1, window.y2)};
+}

@@ -220,3 +220,10 @@ SSD_EXT_HD V log1p(V x) {
   const V lost = x - (sum - one);  // what the addition rounded away
   return sum < splat<V>(std::numeric_limits<ScalarOf<V>>::infinity()) ? log(sum) + lost / sum : x;
 }
+
+// 1 / (1 + e^-x)
+template <class V>
+SSD_EXT_HD V sigmoid(V x) {
+  const V one = splat<V>(1);
+  return one / (one + exp(-x));
+}

@@ -6,4 +6,5 @@
 #include "common/box_columns.inl"
 #include "common/vec.inl"
 #include "common/select_largest.inl"
+#include "common/overlap.inl"
 // clang-format on

@@ -98,7 +98,8 @@ Tensor new_output_like(const Tensor& like);  // of its shape too
 // middle of another tensor may not be). Kernels touch only these and what new_output() gives: the
 // emulator holds them to it.
 Tensor cuda_input(const Tensor& t);
-Tensor cuda_strided_input(const Tensor& t);  // in place, for kernels that take strides
+// The same for a kernel that takes strides and reads element by element: the tensor as it lies.
+Tensor cuda_strided_input(const Tensor& t);
 
 // Calls f with a float or a double that tells the type of a compute_input.
 template <class F>

@@ -125,7 +125,7 @@ struct KeyRow {
   __device__ Key made(int64_t i, int64_t label) const {
     return label == 0 ? radix_key(ranks[i]) : Key(gpu::kAbsentKey);
   }
-  __device__ Key operator[](int64_t i) const {
+  __device__ Key operator()(int64_t i) const {
     if constexpr (kCached) return cache[i];
     return made(i, labels[i]);
   }

@@ -1,6 +1,6 @@
 #include "nms/nms.h"
 
-#include "common/gpu.h"
+#include "common/gpu_tile.h"
 
 // The boxes are gathered in the order of visiting and walked in chunks of kChunk tiles of kTile
 // boxes, so that memory stays linear in n. Per chunk:
@@ -10,15 +10,16 @@
 namespace ssd_ext::nms {
 namespace {
 
-using Word = unsigned long long;  // bit i belongs to box i of a tile
+using gpu::ballot_tile;
+using gpu::kTile;
+using gpu::Word;
 
-constexpr int kTile = 64;
 constexpr int kChunk = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / gpu::kWarp;
 constexpr int kSweepThreads = 1024;
 constexpr int kThreadsPerRow = kSweepThreads / kTile;  // in the sweep; each looks after two words of a row
-static_assert(kTile == 2 * gpu::kWarp && kChunk == 2 * kThreadsPerRow);
+static_assert(kChunk == 2 * kThreadsPerRow);
 
 SSD_EXT_HD int64_t tiles_for(int64_t n) { return (n + kTile - 1) / kTile; }
 
@@ -57,22 +58,14 @@ struct Workspace {
   __device__ Candidate<C> kept_candidate(int i) const { return {gpu::load_box(kept_boxes, i), kept_class_ids[i]}; }
 };
 
-// IoU > threshold, for a threshold >= 0: most boxes do not meet, which is told without a division.
 template <class C>
 __device__ __forceinline__ bool overlaps(const Candidate<C>& a, const Candidate<C>& b, C threshold) {
-  if (a.class_id != b.class_id) return false;
-  const C inter = intersection(a.box, b.box);
-  return inter > C(0) && iou_from(inter, area(a.box), area(b.box)) > threshold;
+  return a.class_id == b.class_id && gpu::overlaps(a.box, b.box, threshold);
 }
 
 // The boxes of a tile that one of the kWarps warps of a block looks after.
 __device__ __forceinline__ Word share_of(int warp) { return 0x0101010101010101ull << warp; }
 static_assert(kWarps == 8);
-
-__device__ __forceinline__ Word ballot_tile(bool low, bool high) {
-  const Word bits = __ballot_sync(gpu::kFullMask, low);
-  return bits | Word(__ballot_sync(gpu::kFullMask, high)) << gpu::kWarp;
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) sort_keys_kernel(const T* __restrict__ scores,               // [n]
@@ -135,9 +128,7 @@ __global__ void __launch_bounds__(kThreads) earlier_kernel(Workspace<C> w, int64
   }
 }
 
-// One block. Within a tile, box i is kept if it is alive and no earlier box that it overlaps is kept.
-// Starting from all alive ones and applying that rule to all boxes at once, box i is right after at
-// most i + 1 rounds, and what a round leaves unchanged is the answer: seldom more than a few rounds.
+// One block.
 template <class C>
 __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Workspace<C> w, int64_t first_tile, int tiles,
                                                               const int64_t* __restrict__ order,  // [n]
@@ -174,11 +165,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Workspace<C> w, in
 
     if (warp == 0) {
       const Word alive = ~removed[tile] & ~ballot_tile(suppressed[lane], suppressed[lane + gpu::kWarp]);
-      Word now = alive, last;
-      do {
-        last = now;
-        now = alive & ballot_tile(!(within_low & last), !(within_high & last));
-      } while (now != last);
+      const Word now = gpu::kept_of_tile(alive, within_low, within_high);
       if (lane == 0) kept[tile] = now;
       if (next < tiles) {
         within_low = earlier(next, lane, next);

@@ -63,20 +63,11 @@ void assign_cells(const T* boxes, int64_t n, Buckets& buckets) {
 }
 
 // Boxes kept so far, bucket by bucket in whole vectors, and bounds of each bucket.
-//
-// IoU > t exactly where inter > c * (area_a + area_b), c = t / (1 + t), but for rounding. The test by
-// product, with c lowered a little, needs no division and lets every true case through; what passes
-// is decided by the quotient.
 template <class T>
 class KeptBoxes {
  public:
   KeptBoxes(int64_t n, const Buckets& buckets, T threshold)
-      : threshold_(threshold),
-        cells_(buckets.cells()),
-        start_(buckets.groups * cells_),
-        count_(buckets.groups * cells_) {
-    const T c = threshold / (T(1) + threshold) * T(1 - 1e-5);
-    likely_ = c < T(1e-6) ? T(0) : c;  // so that no product is lost among the denormals
+      : test_(threshold), cells_(buckets.cells()), start_(buckets.groups * cells_), count_(buckets.groups * cells_) {
     for (int64_t i = 0; i < n; ++i) ++start_[buckets.bucket(i)];
     int64_t total = 0;
     for (int64_t& s : start_) {
@@ -96,10 +87,7 @@ class KeptBoxes {
   // Whether a kept box of this group has IoU > threshold with the box, which belongs to this bucket.
   bool suppresses(int64_t group, int64_t bucket, const Box<T>& one) const {
     using V = Vec<T>;
-    const T one_area = area(one);
-    // Next to denormal areas products round too coarsely: then every quotient is taken.
-    const T share = one_area < T(1e-30) ? -std::numeric_limits<T>::infinity() : likely_ * one_area;
-    const Query box{broadcast(one), splat<V>(one_area), splat<V>(share)};
+    const OverlapQuery<T> box = test_.query(one);
     if (suppressed_in(bucket, box)) return true;
     if (cells_ == 1) return false;
     const V w = splat<V>(one.x2 - one.x1), h = splat<V>(one.y2 - one.y1);
@@ -122,7 +110,7 @@ class KeptBoxes {
     if (at % kLanes<T> == 0) {  // boxes without area overlap nothing
       for (T* column : columns_) store(column + at, Vec<T>{});
     }
-    const T values[] = {b.x1, b.y1, b.x2, b.y2, area(b), likely_ * area(b)};
+    const T share = test_.share_of(b), values[] = {b.x1, b.y1, b.x2, b.y2, area(b), share};
     for (int c = 0; c < 6; ++c) columns_[c][at] = values[c];
     if (cells_ == 1) return;
     // A NaN leaves the bounds alone: such a box suppresses nothing.
@@ -134,37 +122,25 @@ class KeptBoxes {
     raise(3, b.y2);
     raise(4, b.x2 - b.x1);
     raise(5, b.y2 - b.y1);
-    lower(6, likely_ * area(b));
+    lower(6, share);
   }
 
  private:
-  struct Query {
-    Box<Vec<T>> box;
-    Vec<T> area, share;  // share: its part of likely * (area_a + area_b)
-  };
-
-  bool suppressed_in(int64_t bucket, const Query& query) const {
-    using V = Vec<T>;
+  bool suppressed_in(int64_t bucket, const OverlapQuery<T>& query) const {
     const int64_t begin = start_[bucket], end = begin + count_[bucket];
     for (int64_t i = begin; i < end; i += kLanes<T>) {
-      const Box<V> kept{load<T>(columns_[0] + i), load<T>(columns_[1] + i), load<T>(columns_[2] + i),
-                        load<T>(columns_[3] + i)};
-      const V w = min_of(kept.x2, query.box.x2) - max_of(kept.x1, query.box.x1);
-      const V h = min_of(kept.y2, query.box.y2) - max_of(kept.y1, query.box.y1);
-      if (greater_bits(max_of(w, V{}) * h, query.share + load<T>(columns_[5] + i))) {
-        const V exact = iou_from(intersection(kept, query.box), load<T>(columns_[4] + i), query.area);
-        if (greater_bits(exact, splat<V>(threshold_))) return true;
-      }
+      const auto column = [&](int c) { return load<T>(columns_[c] + i); };
+      if (test_.any({column(0), column(1), column(2), column(3)}, column(4), column(5), query)) return true;
     }
     return false;
   }
 
-  T threshold_, likely_;
+  OverlapTest<T> test_;
   int64_t cells_;
   std::vector<int64_t> start_, count_;  // of each bucket
   std::unique_ptr<T[]> storage_;
-  T* columns_[6];             // x1, y1, x2, y2, area, likely * area
-  std::vector<T> bounds_[7];  // of each bucket: least x1, y1, greatest x2, y2, w, h, least likely * area
+  T* columns_[6];             // x1, y1, x2, y2, area, share
+  std::vector<T> bounds_[7];  // of each bucket: least x1, y1, greatest x2, y2, w, h, least share
 };
 
 // Writes the kept boxes' indices in the order of visiting; returns how many.

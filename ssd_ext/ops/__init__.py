@@ -7,6 +7,7 @@ autocast floating inputs are cast to float32, and floating outputs are float32.
 """
 
 from ssd_ext.ops.boxes import box_iou, decode, encode
+from ssd_ext.ops.detect import detect
 from ssd_ext.ops.matching import assign_targets, match
 from ssd_ext.ops.mining import hard_negatives
 from ssd_ext.ops.multibox_loss import multibox_loss
@@ -18,6 +19,7 @@ __all__ = [
     "batched_nms",
     "box_iou",
     "decode",
+    "detect",
     "encode",
     "hard_negatives",
     "match",

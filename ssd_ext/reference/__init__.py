@@ -4,6 +4,7 @@ Same names and results; the same arguments, but for those that only check. Nothi
 """
 
 from ssd_ext.reference.boxes import box_iou, decode, encode
+from ssd_ext.reference.detect import detect
 from ssd_ext.reference.matching import assign_targets, match
 from ssd_ext.reference.mining import hard_negatives
 from ssd_ext.reference.multibox_loss import multibox_loss
@@ -15,6 +16,7 @@ __all__ = [
     "batched_nms",
     "box_iou",
     "decode",
+    "detect",
     "encode",
     "hard_negatives",
     "match",

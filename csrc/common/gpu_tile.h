@@ -1,0 +1,38 @@
+#pragma once
+// NMS within a tile of boxes, as bits.
+#include "common/gpu.h"
+
+namespace ssd_ext::gpu {
+
+using Word = unsigned long long;  // bit i belongs to box i of a tile
+
+constexpr int kTile = 64;
+static_assert(kTile == 2 * kWarp);
+
+// Lane l tells of boxes l and l + 32.
+__device__ __forceinline__ Word ballot_tile(bool low, bool high) {
+  const Word bits = __ballot_sync(kFullMask, low);
+  return bits | Word(__ballot_sync(kFullMask, high)) << kWarp;
+}
+
+// The boxes of a tile that are kept, for a warp to call: box i is kept if it is alive and no earlier box
+// that it overlaps is kept. Each lane has the earlier boxes that its two boxes overlap. Starting from
+// all alive ones and applying the rule to all boxes at once, box i is right after at most i + 1 rounds,
+// and what a round leaves unchanged is the answer: seldom more than a few rounds.
+__device__ __forceinline__ Word kept_of_tile(Word alive, Word earlier_low, Word earlier_high) {
+  Word now = alive, last;
+  do {
+    last = now;
+    now = alive & ballot_tile(!(earlier_low & last), !(earlier_high & last));
+  } while (now != last);
+  return now;
+}
+
+// IoU > threshold, for a threshold >= 0: most boxes do not meet, which is told without a division.
+template <class C>
+__device__ __forceinline__ bool overlaps(const Box<C>& a, const Box<C>& b, C threshold) {
+  const C inter = intersection(a, b);
+  return inter > C(0) && iou_from(inter, area(a), area(b)) > threshold;
+}
+
+}  // namespace ssd_ext::gpu

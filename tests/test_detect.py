@@ -1,0 +1,236 @@
+"""detect beyond what the generic suite asks of every op, and unpad."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIMD_LEVELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssd_ext import _C, ops, reference, unpad
+
+PRIOR = [0.5, 0.5, 0.2, 0.2]
+
+
+def image(rows, boxes=None, device="cpu", dtype=torch.float32):
+    """One image: a row of logits for each prior; boxes as priors with deltas of 0, far apart unless given."""
+    n = len(rows)
+    boxes = [[10.0 * i, 0.0, 1.0, 1.0] for i in range(n)] if boxes is None else boxes
+    return {
+        "deltas": torch.zeros(1, n, 4, device=device, dtype=dtype),
+        "logits": torch.tensor([rows], device=device, dtype=dtype),
+        "priors": torch.tensor(boxes, device=device, dtype=dtype),
+    }
+
+
+def found(inputs, **arguments):
+    """(label, prior) of the detections of priors that are far apart."""
+    boxes, _, labels, counts = ops.detect(**inputs, **arguments)
+    n = int(counts[0])
+    return list(zip(labels[0, :n].tolist(), (boxes[0, :n, 0] / 10).round().int().tolist(), strict=True))
+
+
+def random_image(g, n, classes, batch=1, background=0.0, dtype=torch.float32):
+    logits = torch.randn(batch, n, classes, generator=g) * 2
+    logits[..., 0] += background
+    priors = torch.cat([torch.rand(n, 2, generator=g), 0.05 + 0.3 * torch.rand(n, 2, generator=g)], 1)
+    inputs = {"deltas": torch.randn(batch, n, 4, generator=g), "logits": logits, "priors": priors}
+    return {k: v.to(dtype) for k, v in inputs.items()}
+
+
+@st.composite
+def tied_images(draw):
+    n, classes = draw(st.integers(0, 30)), draw(st.integers(0, 5))
+    values = st.sampled_from([-math.inf, -4.0, -1.0, 0.0, 0.0, 1.0, 3.0, math.inf, math.nan])
+    logits = draw(st.lists(values, min_size=n * classes, max_size=n * classes))
+    boxes = draw(st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=n, max_size=n))
+    return {
+        "deltas": torch.zeros(1, n, 4, dtype=torch.float64),
+        "logits": torch.tensor(logits, dtype=torch.float64).view(1, n, classes),
+        "priors": torch.tensor([[x, y, 2.0, 2.0] for x, y in boxes], dtype=torch.float64).view(n, 4),
+        "score_threshold": draw(st.sampled_from([0.0, 0.2, 0.5, 0.7])),
+        "iou_threshold": draw(st.sampled_from([0.0, 0.25, 1 / 3, 1.0])),
+        "topk_per_class": draw(st.sampled_from([1, 3, 400])),
+        "max_detections": draw(st.sampled_from([1, 4, 50])),
+        "class_agnostic": draw(st.booleans()),
+        "activation": "sigmoid",  # elementwise: equal logits give equal scores, here and in the reference
+    }
+
+
+@settings(deadline=None, max_examples=300)
+@given(tied_images(), st.sampled_from(SIMD_LEVELS))
+def test_ties_and_hostile_logits_as_the_reference(inputs, level):
+    before = _C.simd_level()
+    _C.set_simd_level(level)
+    try:
+        result = ops.detect(**inputs)
+    finally:
+        _C.set_simd_level(before)
+    expected = reference.detect(**inputs)
+    for i, (r, e) in enumerate(zip(result, expected, strict=True)):
+        assert torch.equal(r, e) if i != 1 else torch.allclose(r, e, atol=1e-15)
+
+
+def test_ties_by_hand(device):
+    rows = [[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [0.0, 1.0, 3.0]]
+    inputs = image(rows, device=device)
+    assert found(inputs) == [(2, 2), (1, 0), (1, 1), (2, 0), (2, 1), (1, 2)]
+    assert found(inputs, max_detections=2) == [(2, 2), (1, 0)]
+    assert found(inputs, topk_per_class=1) == [(2, 2), (1, 0)]
+    assert found(inputs, topk_per_class=2) == [(2, 2), (1, 0), (1, 1), (2, 0)]
+
+
+def test_nms_by_hand(device):
+    rows = [[0.0, 3.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 2.0]]
+    inputs = image(rows, [PRIOR] * 3, device=device)
+    labels = lambda **arguments: ops.detect(**inputs, **arguments)[2][0]  # noqa: E731
+    assert labels()[:3].tolist() == [1, 2, -1]
+    assert labels(class_agnostic=True)[:2].tolist() == [1, -1]
+    assert (labels(iou_threshold=1.0) >= 0).sum() == 6  # suppressed above 1 alone
+    assert labels(topk_per_class=1)[:3].tolist() == [1, 2, -1]
+
+
+def test_boxes_that_are_not_finite_are_kept_and_suppress_nothing(device):
+    inputs = image([[0.0, 4.0], [0.0, 3.0], [0.0, 2.0], [0.0, 1.0]], [PRIOR] * 4, device=device)
+    inputs["deltas"][0, 0, 0], inputs["deltas"][0, 1, 1] = math.nan, math.inf
+    boxes, _, _, counts = ops.detect(**inputs)
+    assert counts.tolist() == [3]  # the last is suppressed by the third
+    assert boxes[0, 0, 0].isnan()
+    assert boxes[0, 1, 1].isinf()
+    assert boxes[0, 2].isfinite().all()
+
+
+def test_background_is_a_class_of_sigmoid_alone(device):
+    inputs = image([[5.0, 1.0], [5.0, 6.0]], device=device)
+    assert found(inputs) == [(1, 1), (1, 0)]
+    assert found(inputs, activation="sigmoid") == [(1, 1), (0, 0), (0, 1), (1, 0)]
+
+
+def check_thresholds(inputs, activation, count):
+    """A threshold of one of the scores leaves those above it, and nothing else changes."""
+    classes = inputs["logits"].shape[2]
+    same = {"iou_threshold": 1.0, "topk_per_class": 10**6, "max_detections": 200 * classes, "activation": activation}
+    boxes, scores, labels, (found,) = ops.detect(**inputs, score_threshold=0.0, **same)
+    for k in range(0, int(found), 1 + int(found) // count):
+        threshold = scores[0, k].item()
+        above = int((scores[0] > threshold).sum())
+        result = ops.detect(**inputs, score_threshold=threshold, **same)
+        assert result[3].tolist() == [above]
+        assert torch.equal(result[0][0, :above], boxes[0, :above])
+        assert torch.equal(result[2][0, :above], labels[0, :above])
+
+
+# Rows are rejected by their logits before any score is computed: that must decide as the score would.
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [2, 3, 20, 81])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_threshold_is_strict_at_every_score(activation, dtype, classes, layout, simd, generator):
+    inputs = random_image(generator, 200, classes, background=6.0 if activation == "softmax" else 0.0, dtype=dtype)
+    if layout == "columns":
+        inputs["logits"] = inputs["logits"].mT.contiguous().mT
+    for level in SIMD_LEVELS:
+        simd(level)
+        check_thresholds(inputs, activation, 40)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_threshold_is_strict_on_each_device(activation, device, generator):
+    inputs = random_image(generator, 40, 3, background=6.0 if activation == "softmax" else 0.0)
+    check_thresholds({k: v.to(device) for k, v in inputs.items()}, activation, 8)
+
+
+def test_scores_at_the_ends_of_the_range(device):
+    inputs = image([[0.0, 200.0], [0.0, -200.0], [0.0, 1e30], [-1e30, -1e30], [math.inf, 1.0]], device=device)
+    assert ops.detect(**inputs)[1][0, :4].tolist() == [1.0, 1.0, 0.5, 0.0]
+    assert found(inputs, score_threshold=0.0) == [(1, 0), (1, 2), (1, 3)]
+    sigmoid = ops.detect(**inputs, score_threshold=0.0, activation="sigmoid")
+    assert sigmoid[1][0, :4].tolist() == [1.0, 1.0, 1.0, pytest.approx(0.731, abs=1e-3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_halves_are_the_float32_result_rounded(dtype, activation, device, generator):
+    inputs = {k: v.to(device, dtype) for k, v in random_image(generator, 300, 21, batch=2, background=3.0).items()}
+    result = ops.detect(**inputs, activation=activation)
+    wide = ops.detect(**{k: v.float() for k, v in inputs.items()}, activation=activation)
+    for r, w in zip(result, wide, strict=True):
+        assert torch.equal(r, w.to(r.dtype))
+
+
+def test_an_image_does_not_depend_on_its_batch(generator):
+    """The CPU cuts few images into slices, and many not."""
+    inputs = random_image(generator, 2100, 4, batch=70, background=6.0)
+    batch = ops.detect(**inputs)
+    for b in (0, 1, 69):
+        one = {"deltas": inputs["deltas"][b : b + 1], "logits": inputs["logits"][b : b + 1], "priors": inputs["priors"]}
+        for whole, alone in zip(batch, ops.detect(**one), strict=True):
+            assert torch.equal(whole[b], alone[0])
+
+
+@pytest.mark.parametrize("classes", [2, 6])
+def test_candidates_that_outnumber_every_list(classes, device, generator):
+    """One class holds the best scores, and all boxes are alike: what counts comes last."""
+    n = 5000 // classes + 100
+    inputs = random_image(generator, n, classes, background=-3.0)
+    inputs["deltas"].zero_()
+    inputs["priors"][:] = torch.tensor(PRIOR)
+    inputs["logits"][..., 1] += 6
+    inputs["priors"][-1, 0] += 1
+    inputs["logits"][0, -1] = -5 + inputs["logits"][0, -1] / 100
+    inputs = {k: v.to(device) for k, v in inputs.items()}
+    arguments = {"score_threshold": 0.001, "topk_per_class": n}
+    boxes, _, labels, counts = ops.detect(**inputs, **arguments)
+    double = {k: v.double() for k, v in inputs.items()}
+    expected = reference.detect(**double, **arguments)
+    assert torch.equal(counts, expected[3])
+    assert torch.equal(labels, expected[2])
+    assert (boxes[0, :, 0] > 1).sum() == classes - 1  # the prior apart, of each class
+
+
+def memory_peak(call):
+    """Bytes that this process had more at its peak during the call than before."""
+    read = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS:")
+    call()
+    return read("VmHWM:") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.skipif("sanitizers" in _C.build_info(), reason="a sanitizer keeps freed memory")
+@pytest.mark.parametrize("layout", ["rows", "columns", "halves"])
+def test_memory_is_bounded(layout, generator):
+    """Untrained logits of 45 MB: neither a copy of them nor a list of all candidates."""
+    inputs = random_image(generator, 8732, 81, batch=16)
+    inputs["logits"] /= 40
+    if layout == "columns":
+        inputs["logits"] = inputs["logits"].mT.contiguous().mT
+    if layout == "halves":
+        inputs = {k: v.half() for k, v in inputs.items()}
+    ops.detect(**inputs)
+    assert memory_peak(lambda: ops.detect(**inputs)) < 8e6
+
+
+def test_no_gradient():
+    inputs = image([[0.0, 1.0]])
+    inputs["deltas"].requires_grad_()
+    with pytest.raises(RuntimeError, match="detect is not differentiable: it selects boxes"):
+        ops.detect(**inputs)[0].sum().backward()
+
+
+def test_unpad(device, generator):
+    inputs = {k: v.to(device) for k, v in random_image(generator, 50, 4, batch=3, background=2.0).items()}
+    inputs["logits"][1] = math.nan
+    boxes, scores, labels, counts = ops.detect(**inputs)
+    images = unpad(boxes, scores, labels, counts)
+    assert [len(i["labels"]) for i in images] == counts.tolist()
+    assert counts[1] == 0
+    for b, i in enumerate(images):
+        n = int(counts[b])
+        assert torch.equal(i["boxes"], boxes[b, :n])
+        assert torch.equal(i["scores"], scores[b, :n])
+        assert torch.equal(i["labels"], labels[b, :n])
+        assert (i["labels"] > 0).all()
