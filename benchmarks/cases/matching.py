@@ -60,9 +60,13 @@ def _in_pixels(g):
 
 
 def _at_zero_threshold(g):
-    """Priors that meet none of many ground truths belong to the first."""
-    boxes = [random_boxes(3, g), torch.empty(0, 4), random_boxes(70, g, high=0.1) + 1]
-    return {"gt_boxes": boxes, "priors": _priors(20, g), "iou_threshold": 0.0}
+    return {"gt_boxes": [random_boxes(3, g), torch.empty(0, 4)], "priors": _priors(20, g), "iou_threshold": 0.0}
+
+
+def _meeting_none(g):
+    """At threshold 0, priors that meet none of many ground truths belong to the first."""
+    boxes = random_boxes(70, g, high=0.1) + 2
+    return {"gt_boxes": [boxes], "priors": _priors(20, g), "iou_threshold": 0.0, "force": "none"}
 
 
 def _ragged_pair(g):
@@ -111,6 +115,7 @@ _SMALL = [
     Case("exactly at the thresholds", _exactly_at_threshold),
     Case("negative coordinates", _in_pixels),
     Case("threshold 0", _at_zero_threshold),
+    Case("threshold 0, none met", _meeting_none),
 ]
 
 

@@ -33,43 +33,45 @@ BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 VOTE = re.compile(r"(__syncthreads_or)\((\w+)\)")
 LESS = re.compile(r" < ")
 
-# (file, line of source, which of them on that line, what) -> why nobody can notice.
+# (file, broken line) -> why nobody can notice.
 EXPLAINED: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)
 class Mutant:
     number: int
-    room: str
+    file: str
     line: int
     kind: str  # "barrier" or "less"
-    source: str  # the line
-    column: int
+    text: str  # of the broken line
+    rooms: tuple[str, ...]  # whose kernels it is part of
 
     def __str__(self):
-        return f"{self.room}.cu:{self.line}:{self.column + 1}: {self.kind}: {self.source}"
+        return f"{self.file}:{self.line}: {self.text}"
 
 
-def mutate(source: str, room: str, first: int) -> tuple[str, list[Mutant]]:
+def mutate(path: Path, rooms: tuple[str, ...], first: int) -> tuple[str, list[Mutant]]:
     """The source with all its mutants, numbered from ``first``."""
     mutants: list[Mutant] = []
 
-    def add(kind, row, line, match):
-        mutants.append(Mutant(first + len(mutants), room, row, kind, line.strip(), match.start()))
+    def add(kind, row, match, broken):
+        text = match.string[: match.start()] + broken + match.string[match.end() :]
+        text = re.sub(r" < ::emulator::Less\{\d+\} > ", " < ", text)
+        mutants.append(Mutant(first + len(mutants), path.name, row, kind, (text + comment).strip(), rooms))
         return mutants[-1].number
 
     lines = ['#include "mutants.h"']
-    for row, line in enumerate(source.splitlines(), 1):
-        code, comment = re.fullmatch(r"(.*?)(\s*//.*)?", line).groups()
+    for row, line in enumerate(path.read_text().splitlines(), 1):
+        code, comment = re.fullmatch(r"(.*?)(\s*//.*|)", line).groups()
         if "static_assert" not in code and "constexpr" not in code and "template" not in code:
-            code = LESS.sub(lambda m, r=row, s=line: f" < ::emulator::Less{{{add('less', r, s, m)}}} > ", code)
+            code = LESS.sub(lambda m, r=row: f" < ::emulator::Less{{{add('less', r, m, ' <= ')}}} > ", code)
         code = BARRIER.sub(
-            lambda m, r=row, s=line: f"SSD_EXT_MUTANT_BARRIER({add('barrier', r, s, m)}, {m[0][:-1]});", code
+            lambda m, r=row: f"SSD_EXT_MUTANT_BARRIER({add('barrier', r, m, '/* barrier */;')}, {m[0][:-1]});", code
         )
         code = VOTE.sub(
-            lambda m, r=row, s=line: f"SSD_EXT_MUTANT_VOTE({add('barrier', r, s, m)}, {m[1]}, {m[2]})", code
+            lambda m, r=row: f"SSD_EXT_MUTANT_VOTE({add('barrier', r, m, f'/* vote */ {m[2]}')}, {m[1]}, {m[2]})", code
         )
-        lines.append(code + (comment or ""))
+        lines.append(code + comment)
     return "\n".join(lines) + "\n", mutants
 
 
@@ -80,11 +82,12 @@ def build(tree: Path, rooms: list[str]) -> list[Mutant]:
     for name in ("CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
     mutants: list[Mutant] = []
-    for room in rooms:
-        path = tree / "csrc" / room / f"{room}.cu"
-        text, more = mutate(path.read_text(), room, len(mutants))
+    kernels = {room: tree / "csrc" / room / f"{room}.cu" for room in rooms}
+    for path in [*kernels.values(), *sorted((tree / "csrc" / "common").glob("gpu_*.h"))]:
+        users = [room for room, file in kernels.items() if path == file or f"common/{path.name}" in file.read_text()]
+        text, more = mutate(path, tuple(users), len(mutants))
         path.write_text(text)
-        mutants += more
+        mutants += more if users else []
     options = {
         "SSD_EXT_CUDA": "ON",
         "SSD_EXT_EMULATE": "CHECK",
@@ -165,7 +168,8 @@ def try_mutant(mutant: Mutant) -> str:
 
         _C.emulator.set_mutant(mutant.number)
         try:
-            run_room(mutant.room)
+            for room in mutant.rooms:
+                run_room(room)
         except Exception as e:
             os.write(writer, (str(e).splitlines() or ["?"])[0][:300].encode())
         os._exit(0)
@@ -208,9 +212,9 @@ def main() -> int:
         counts = Counter((m.kind, m in survivors) for m in mutants)
         for kind in arguments.kinds:
             print(f"{kind}: {counts[kind, False]} of {counts[kind, False] + counts[kind, True]} noticed")
-        unexplained = [m for m in survivors if (f"{m.room}.cu", m.source) not in EXPLAINED]
+        unexplained = [m for m in survivors if (m.file, m.text) not in EXPLAINED]
         for mutant in survivors:
-            why = EXPLAINED.get((f"{mutant.room}.cu", mutant.source))
+            why = EXPLAINED.get((mutant.file, mutant.text))
             print(f"survivor: {mutant}\n          {why or 'NOT EXPLAINED'}")
         print(f"{time.monotonic() - start:.0f} s in all")
         return len(unexplained) > 0
