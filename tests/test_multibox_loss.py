@@ -125,6 +125,14 @@ def images(draw):
     }
 
 
+def test_a_sum_beyond_float32_is_infinite(device):
+    rows = torch.full((1, 1, 4), 3e38, device=device)
+    labels = torch.ones(1, 1, dtype=torch.int64, device=device)
+    loc, conf = ops.multibox_loss(rows, torch.zeros(1, 1, 2, device=device), -rows, labels)
+    assert loc.item() == math.inf
+    assert conf.item() == pytest.approx(math.log(2))
+
+
 @settings(deadline=None, max_examples=300)
 @given(images())
 def test_hostile_numbers(inputs):
