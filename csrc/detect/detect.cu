@@ -210,38 +210,36 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(Inputs in, Wo
   const int64_t priors = in.sizes.priors, size = list_size(in), best = best_of_class(in);
   C* const cache = smem.take<C>(kCached ? priors : 0);
   const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  for (int64_t image = blockIdx.y; image < in.sizes.images; image += gridDim.y) {
-    if (w.found[image] <= size) continue;
-    const int64_t c = blockIdx.x + first_class(in.params);
-    const ClassScores<T, kCached> key_at{in, w.rows + image * priors, cache, image, c};
-    int64_t count = 0;
-    for (int64_t p = thread; p < priors; p += kSelectThreads) {
-      if constexpr (kCached) cache[p] = key_at.made(p);
-      count += key_at(p) != 0;
-    }
-    count = gpu::warp_sum(count);
-    if (lane == 0) candidates[warp] = count;
-    if (thread == 0) written = 0;
-    __syncthreads();  // counts and cache are written
-    count = gpu::warp_sum(lane < kSelectThreads / gpu::kWarp ? candidates[lane] : 0);
-    Key<C> cut = 1;
-    if (count > best) {
-      cut = gpu::kth_greatest<kSelectThreads, kKeyBits<C>, true>(key_at, priors, best, select).key;
-      count = best;
-    }
-    Key<C>* const list = w.lists + image * size + blockIdx.x * best;
-    for (int64_t begin = 0; begin < priors; begin += kSelectThreads) {
-      const int64_t p = begin + thread;
-      const Key<C> key = p < priors ? key_at(p) : Key<C>(0);
-      const unsigned taken = __ballot_sync(gpu::kFullMask, key >= cut);
-      unsigned slot = 0;
-      if (lane == 0 && taken) slot = atomicAdd(&written, unsigned(__popc(taken)));
-      slot = __shfl_sync(gpu::kFullMask, slot, 0) + __popc(taken & ((1u << lane) - 1));
-      if (key >= cut) list[slot] = key;
-    }
-    for (int64_t i = count + thread; i < best; i += kSelectThreads) list[i] = 0;
-    __syncthreads();  // everybody is done with what is shared about this image
+  const int64_t image = blockIdx.x / classes_of(in), place = blockIdx.x % classes_of(in);
+  if (w.found[image] <= size) return;
+  const int64_t c = place + first_class(in.params);
+  const ClassScores<T, kCached> key_at{in, w.rows + image * priors, cache, image, c};
+  int64_t count = 0;
+  for (int64_t p = thread; p < priors; p += kSelectThreads) {
+    if constexpr (kCached) cache[p] = key_at.made(p);
+    count += key_at(p) != 0;
   }
+  count = gpu::warp_sum(count);
+  if (lane == 0) candidates[warp] = count;
+  if (thread == 0) written = 0;
+  __syncthreads();  // counts and cache are written
+  count = gpu::warp_sum(lane < kSelectThreads / gpu::kWarp ? candidates[lane] : 0);
+  Key<C> cut = 1;
+  if (count > best) {
+    cut = gpu::kth_greatest<kSelectThreads, kKeyBits<C>, true>(key_at, priors, best, select).key;
+    count = best;
+  }
+  Key<C>* const list = w.lists + image * size + place * best;
+  for (int64_t begin = 0; begin < priors; begin += kSelectThreads) {
+    const int64_t p = begin + thread;
+    const Key<C> key = p < priors ? key_at(p) : Key<C>(0);
+    const unsigned taken = __ballot_sync(gpu::kFullMask, key >= cut);
+    unsigned slot = 0;
+    if (lane == 0 && taken) slot = atomicAdd(&written, unsigned(__popc(taken)));
+    slot = __shfl_sync(gpu::kFullMask, slot, 0) + __popc(taken & ((1u << lane) - 1));
+    if (key >= cut) list[slot] = key;
+  }
+  for (int64_t i = count + thread; i < best; i += kSelectThreads) list[i] = 0;
 }
 
 // What the threads of visit_kernel tell each other.
@@ -319,114 +317,111 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
   const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
   const C threshold = C(params.iou_threshold);
   const Box<C> window{C(params.window_x1), C(params.window_y1), C(params.window_x2), C(params.window_y2)};
-  for (int64_t image = blockIdx.x; image < in.sizes.images; image += gridDim.x) {
-    const Key<C>* const list = w.lists + image * size;
-    int64_t* const visited = w.visited + image * in.sizes.classes;
-    C* const kept_boxes = w.kept_boxes + image * most * 4;
-    int32_t* const kept_class = w.kept_class + image * most;
-    const int64_t found = w.found[image], n = found < size ? found : size;
-    // Whether a class may have more candidates than are to be looked at.
-    const bool crowded = found <= size && found > params.topk_per_class;
-    if (crowded) {
-      for (int64_t c = thread; c < in.sizes.classes; c += kVisitThreads) visited[c] = 0;
-    }
-    int64_t count = 0;
-    Key<C> last = ~Key<C>(0);
-    while (count < most) {
-      const int gathered = next_chunk(list, n, last, shared);
-      if (gathered == 0) break;
-      last = shared.keys[gathered - 1];
-
-      // Each thread has one candidate of the chunk.
-      const Key<C> key = shared.keys[thread];
-      const int64_t number = number_of<C>(key);
-      bool valid = thread < gathered;
-      int32_t label = -1;
-      if (valid) {
-        label = int32_t(number / priors);
-        const int64_t p = number % priors;
-        const Box<C> box = decode_box(four_at<T>(in.deltas, image, p), four_at<T>(in.priors, 0, p), C(params.center),
-                                      C(params.size), C(params.clip));
-        shared.boxes[thread] = clip_box(box, window);
-      } else {
-        shared.boxes[thread] = {C(0), C(0), C(0), C(0)};
-      }
-      shared.classes[thread] = label;
-      __syncthreads();  // boxes and classes are written
-      if (crowded) {
-        int64_t rank = 0;
-        bool is_last = true;  // of its class in the chunk
-        for (int i = 0; i < gathered; ++i) {
-          const bool same = shared.classes[i] == label;
-          rank += same && i < thread;
-          is_last &= !(same && i > thread);
-        }
-        if (valid) rank += visited[label];
-        __syncthreads();  // everybody has read what was visited before
-        if (valid && is_last) visited[label] = rank + 1;
-        valid &= rank < params.topk_per_class;
-      }
-      const unsigned bits = __ballot_sync(gpu::kFullMask, valid);
-      if (lane == 0) shared.valid[warp] = bits;
-      __syncthreads();  // `valid` is written
-
-      for (int tile = 0; tile * kTile < gathered && count < most; ++tile) {
-        const int i = tile * kTile + lane, j = i + gpu::kWarp;
-        const Box<C> low = shared.boxes[i], high = shared.boxes[j];
-        const int32_t low_class = shared.classes[i], high_class = shared.classes[j];
-        const auto rivals = [&](int32_t a, int32_t b) { return params.class_agnostic || a == b; };
-        bool low_hit = false, high_hit = false;
-        for (int64_t k = warp; k < count; k += kVisitWarps) {
-          const Box<C> box = gpu::load_box(kept_boxes, k);
-          const int32_t c = kept_class[k];
-          low_hit |= rivals(low_class, c) && gpu::overlaps(box, low, threshold);
-          high_hit |= rivals(high_class, c) && gpu::overlaps(box, high, threshold);
-        }
-        const Word suppressed = ballot_tile(low_hit, high_hit);
-        if (lane == 0) shared.suppressed[warp] = suppressed;
-        for (int row = warp; row < kTile; row += kVisitWarps) {
-          const Box<C> box = shared.boxes[tile * kTile + row];
-          const int32_t c = shared.classes[tile * kTile + row];
-          const Word met = ballot_tile(rivals(low_class, c) && gpu::overlaps(low, box, threshold),
-                                       rivals(high_class, c) && gpu::overlaps(high, box, threshold));
-          if (lane == 0) shared.earlier[row] = met & ((Word(1) << row) - 1);
-        }
-        __syncthreads();  // what the tile's boxes overlap is written
-        if (warp == 0) {
-          Word alive = shared.valid[2 * tile] | Word(shared.valid[2 * tile + 1]) << gpu::kWarp;
-          for (int other = 0; other < kVisitWarps; ++other) alive &= ~shared.suppressed[other];
-          const Word now = gpu::kept_of_tile(alive, shared.earlier[lane], shared.earlier[lane + gpu::kWarp]);
-          if (lane == 0) shared.kept = now;
-        }
-        __syncthreads();  // the kept boxes of the tile are known
-        const Word kept = shared.kept;
-        if (thread < kTile && (kept >> thread & 1)) {
-          const int64_t slot = count + __popcll(kept & ((Word(1) << thread) - 1));
-          if (slot < most) {
-            const int from = tile * kTile + thread;
-            const Box<C> box = shared.boxes[from];
-            const int32_t c = shared.classes[from];
-            gpu::store_four(kept_boxes, slot, box.x1, box.y1, box.x2, box.y2);
-            kept_class[slot] = c;
-            gpu::store_four(out.boxes, image * most + slot, box.x1, box.y1, box.x2, box.y2);
-            out.scores[image * most + slot] = T(score_of<C>(shared.keys[from]));
-            out.labels[image * most + slot] = c;
-          }
-        }
-        count += __popcll(kept);
-        count = count < most ? count : most;
-        __syncthreads();  // they may be read, and what is shared about the tile used again
-      }
-      if (n <= kChunk) break;  // that was all
-    }
-    for (int64_t k = count + thread; k < most; k += kVisitThreads) {
-      gpu::store_four(out.boxes, image * most + k, C(0), C(0), C(0), C(0));
-      out.scores[image * most + k] = T(C(0));
-      out.labels[image * most + k] = -1;
-    }
-    if (thread == 0) out.counts[image] = count;
-    __syncthreads();  // everybody is done with what is shared about this image
+  const int64_t image = blockIdx.x;
+  const Key<C>* const list = w.lists + image * size;
+  int64_t* const visited = w.visited + image * in.sizes.classes;
+  C* const kept_boxes = w.kept_boxes + image * most * 4;
+  int32_t* const kept_class = w.kept_class + image * most;
+  const int64_t found = w.found[image], n = found < size ? found : size;
+  // Whether a class may have more candidates than are to be looked at.
+  const bool crowded = found <= size && found > params.topk_per_class;
+  if (crowded) {
+    for (int64_t c = thread; c < in.sizes.classes; c += kVisitThreads) visited[c] = 0;
   }
+  int64_t count = 0;
+  Key<C> last = ~Key<C>(0);
+  while (count < most) {
+    const int gathered = next_chunk(list, n, last, shared);
+    if (gathered == 0) break;
+    last = shared.keys[gathered - 1];
+
+    // Each thread has one candidate of the chunk.
+    const Key<C> key = shared.keys[thread];
+    const int64_t number = number_of<C>(key);
+    bool valid = thread < gathered;
+    int32_t label = -1;
+    if (valid) {
+      label = int32_t(number / priors);
+      const int64_t p = number % priors;
+      const Box<C> box = decode_box(four_at<T>(in.deltas, image, p), four_at<T>(in.priors, 0, p), C(params.center),
+                                    C(params.size), C(params.clip));
+      shared.boxes[thread] = clip_box(box, window);
+    } else {
+      shared.boxes[thread] = {C(0), C(0), C(0), C(0)};
+    }
+    shared.classes[thread] = label;
+    __syncthreads();  // boxes and classes are written
+    if (crowded) {
+      int64_t rank = 0;
+      bool is_last = true;  // of its class in the chunk
+      for (int i = 0; i < gathered; ++i) {
+        const bool same = shared.classes[i] == label;
+        rank += same && i < thread;
+        is_last &= !(same && i > thread);
+      }
+      if (valid) rank += visited[label];
+      __syncthreads();  // everybody has read what was visited before
+      if (valid && is_last) visited[label] = rank + 1;
+      valid &= rank < params.topk_per_class;
+    }
+    const unsigned bits = __ballot_sync(gpu::kFullMask, valid);
+    if (lane == 0) shared.valid[warp] = bits;  // to be read behind the next barrier
+
+    for (int tile = 0; tile * kTile < gathered && count < most; ++tile) {
+      const int i = tile * kTile + lane, j = i + gpu::kWarp;
+      const Box<C> low = shared.boxes[i], high = shared.boxes[j];
+      const int32_t low_class = shared.classes[i], high_class = shared.classes[j];
+      const auto rivals = [&](int32_t a, int32_t b) { return params.class_agnostic || a == b; };
+      bool low_hit = false, high_hit = false;
+      for (int64_t k = warp; k < count; k += kVisitWarps) {
+        const Box<C> box = gpu::load_box(kept_boxes, k);
+        const int32_t c = kept_class[k];
+        low_hit |= rivals(low_class, c) && gpu::overlaps(box, low, threshold);
+        high_hit |= rivals(high_class, c) && gpu::overlaps(box, high, threshold);
+      }
+      const Word suppressed = ballot_tile(low_hit, high_hit);
+      if (lane == 0) shared.suppressed[warp] = suppressed;
+      for (int row = warp; row < kTile; row += kVisitWarps) {
+        const Box<C> box = shared.boxes[tile * kTile + row];
+        const int32_t c = shared.classes[tile * kTile + row];
+        const Word met = ballot_tile(rivals(low_class, c) && gpu::overlaps(low, box, threshold),
+                                     rivals(high_class, c) && gpu::overlaps(high, box, threshold));
+        if (lane == 0) shared.earlier[row] = met & ((Word(1) << row) - 1);
+      }
+      __syncthreads();  // what the tile's boxes overlap is written
+      if (warp == 0) {
+        Word alive = shared.valid[2 * tile] | Word(shared.valid[2 * tile + 1]) << gpu::kWarp;
+        for (int other = 0; other < kVisitWarps; ++other) alive &= ~shared.suppressed[other];
+        const Word now = gpu::kept_of_tile(alive, shared.earlier[lane], shared.earlier[lane + gpu::kWarp]);
+        if (lane == 0) shared.kept = now;
+      }
+      __syncthreads();  // the kept boxes of the tile are known
+      const Word kept = shared.kept;
+      if (thread < kTile && (kept >> thread & 1)) {
+        const int64_t slot = count + __popcll(kept & ((Word(1) << thread) - 1));
+        if (slot < most) {
+          const int from = tile * kTile + thread;
+          const Box<C> box = shared.boxes[from];
+          const int32_t c = shared.classes[from];
+          gpu::store_four(kept_boxes, slot, box.x1, box.y1, box.x2, box.y2);
+          kept_class[slot] = c;
+          gpu::store_four(out.boxes, image * most + slot, box.x1, box.y1, box.x2, box.y2);
+          out.scores[image * most + slot] = T(score_of<C>(shared.keys[from]));
+          out.labels[image * most + slot] = c;
+        }
+      }
+      count += __popcll(kept);
+      count = count < most ? count : most;
+      __syncthreads();  // they may be read, and what is shared about the tile used again
+    }
+    if (n <= kChunk) break;  // that was all
+  }
+  for (int64_t k = count + thread; k < most; k += kVisitThreads) {
+    gpu::store_four(out.boxes, image * most + k, C(0), C(0), C(0), C(0));
+    out.scores[image * most + k] = T(C(0));
+    out.labels[image * most + k] = -1;
+  }
+  if (thread == 0) out.counts[image] = count;
 }
 
 }  // namespace
@@ -450,12 +445,11 @@ void detect_cuda(const Inputs& in, const Outputs<void>& out, void* workspace, St
       gpu::launch(collect_kernel<T>, dim3(unsigned((warps + per_block - 1) / per_block)), dim3(kCollectThreads), 0,
                   stream, in, w, bound);
       const bool cached = size_t(priors) <= kMostCached / sizeof(C);
-      const unsigned rows = unsigned(images < 65535 ? images : 65535);
       gpu::launch(cached ? select_kernel<T, true> : select_kernel<T, false>,
-                  dim3(unsigned(priors > 0 ? classes_of(in) : 0), rows), dim3(kSelectThreads),
+                  dim3(unsigned(priors > 0 ? images * classes_of(in) : 0)), dim3(kSelectThreads),
                   cached ? gpu::Smem::end_of<C>(0, priors) : 0, stream, in, w);
     }
-    gpu::launch(visit_kernel<T>, dim3(gpu::blocks_for(images, 1)), dim3(kVisitThreads), 0, stream, in, w, typed);
+    gpu::launch(visit_kernel<T>, dim3(unsigned(images)), dim3(kVisitThreads), 0, stream, in, w, typed);
   });
 }
 
