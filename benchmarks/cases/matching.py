@@ -1,5 +1,6 @@
 """match, assign_targets."""
 
+import dataclasses
 import math
 
 import torch
@@ -129,7 +130,7 @@ def _with_labels(case):
             labels = [torch.randint(1, 21, (len(b),), generator=g) for b in boxes]
         return {**inputs, "gt_labels": labels}
 
-    return Case(case.name, make, dtypes=case.dtypes, peers=case.peers)
+    return dataclasses.replace(case, make=make)
 
 
 def _own_arithmetic(inputs):
