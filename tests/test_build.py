@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -125,8 +124,7 @@ def test_source_distribution_builds_a_wheel(sources, tmp_path):
     shipped = tmp_path / "shipped"
     made = build(sources, "sdist", "--dist-dir", str(tmp_path))
     assert made.returncode == 0, made.stderr
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        archive.extractall(shipped, filter="data")
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), shipped)
     (tree,) = shipped.iterdir()
     for folder in ("csrc", "ssd_ext", "_build"):
         expected = {path.relative_to(sources) for path in (sources / folder).rglob("*") if path.is_file()}
