@@ -78,7 +78,6 @@ __device__ Cut<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     cut = {shared.prefix, shared.wanted};
     if (kDistinct && shared.found == cut.wanted) break;  // the same in every thread
   }
-  __syncthreads();  // what is shared may be used again
   return cut;
 }
 

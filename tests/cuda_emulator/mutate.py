@@ -33,6 +33,9 @@ BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 VOTE = re.compile(r"(__syncthreads_or)\((\w+)\)")
 LESS = re.compile(r" < ")
 
+# Device code that rooms share, and the room whose cases try it.
+SHARED = {"mining": ["common/gpu_select.h"], "nms": ["common/gpu_tile.h"]}
+
 # (file, line of source, which of them on that line, what) -> why nobody can notice.
 EXPLAINED: dict[tuple[str, str], str] = {}
 
@@ -41,21 +44,22 @@ EXPLAINED: dict[tuple[str, str], str] = {}
 class Mutant:
     number: int
     room: str
+    file: str
     line: int
     kind: str  # "barrier" or "less"
     source: str  # the line
     column: int
 
     def __str__(self):
-        return f"{self.room}.cu:{self.line}:{self.column + 1}: {self.kind}: {self.source}"
+        return f"{self.file}:{self.line}:{self.column + 1}: {self.kind}: {self.source}"
 
 
-def mutate(source: str, room: str, first: int) -> tuple[str, list[Mutant]]:
+def mutate(source: str, room: str, file: str, first: int) -> tuple[str, list[Mutant]]:
     """The source with all its mutants, numbered from ``first``."""
     mutants: list[Mutant] = []
 
     def add(kind, row, line, match):
-        mutants.append(Mutant(first + len(mutants), room, row, kind, line.strip(), match.start()))
+        mutants.append(Mutant(first + len(mutants), room, file, row, kind, line.strip(), match.start()))
         return mutants[-1].number
 
     lines = ['#include "mutants.h"']
@@ -81,10 +85,11 @@ def build(tree: Path, rooms: list[str]) -> list[Mutant]:
         shutil.copy(ROOT / name, tree)
     mutants: list[Mutant] = []
     for room in rooms:
-        path = tree / "csrc" / room / f"{room}.cu"
-        text, more = mutate(path.read_text(), room, len(mutants))
-        path.write_text(text)
-        mutants += more
+        for file in (f"{room}/{room}.cu", *SHARED.get(room, ())):
+            path = tree / "csrc" / file
+            text, more = mutate(path.read_text(), room, path.name, len(mutants))
+            path.write_text(text)
+            mutants += more
     options = {
         "SSD_EXT_CUDA": "ON",
         "SSD_EXT_EMULATE": "CHECK",
@@ -209,9 +214,9 @@ def main() -> int:
         counts = Counter((m.kind, m in survivors) for m in mutants)
         for kind in arguments.kinds:
             print(f"{kind}: {counts[kind, False]} of {counts[kind, False] + counts[kind, True]} noticed")
-        unexplained = [m for m in survivors if (f"{m.room}.cu", m.source) not in EXPLAINED]
+        unexplained = [m for m in survivors if (m.file, m.source) not in EXPLAINED]
         for mutant in survivors:
-            why = EXPLAINED.get((f"{mutant.room}.cu", mutant.source))
+            why = EXPLAINED.get((mutant.file, mutant.source))
             print(f"survivor: {mutant}\n          {why or 'NOT EXPLAINED'}")
         print(f"{time.monotonic() - start:.0f} s in all")
         return len(unexplained) > 0
