@@ -37,7 +37,24 @@ LESS = re.compile(r" < ")
 SHARED = {"mining": ["common/gpu_select.h"], "nms": ["common/gpu_tile.h"]}
 
 # (file, line of source, which of them on that line, what) -> why nobody can notice.
-EXPLAINED: dict[tuple[str, str], str] = {}
+_IDLE = "one more turn, in which no thread has an element"
+_UNROLLED = "a register array one longer, whose last element nobody uses"
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("detect.cu", "for (int r = 0; r < kPairs; ++r) {"): _UNROLLED,
+    ("detect.cu", "for (int start = 0; start < classes && !full; start += kSumLanes) {"): _IDLE,
+    ("detect.cu", "for (int64_t begin = 0; begin < priors; begin += kSelectThreads) {"): _IDLE,
+    ("detect.cu", "for (int64_t begin = 0; begin < n; begin += kVisitThreads) {"): _IDLE,
+    (
+        "detect.cu",
+        "if (thread < other && thread < size) {",
+    ): "no thread is its own partner; behind the keys stand zeros",
+    ("detect.cu", "if ((a < b) == ((thread & run) == 0)) {"): "keys differ, but for the zeros behind them",
+    ("detect.cu", "while (count < most) {"): "a chunk is sorted of which no tile is looked at",
+    (
+        "detect.cu",
+        "for (int tile = 0; tile * kTile < gathered && count < most; ++tile) {",
+    ): "no box of that tile is valid",
+}
 
 
 @dataclass(frozen=True)
