@@ -1,5 +1,6 @@
 """match, assign_targets."""
 
+import dataclasses
 import math
 
 import torch
@@ -63,6 +64,12 @@ def _at_zero_threshold(g):
     return {"gt_boxes": [random_boxes(3, g), torch.empty(0, 4)], "priors": _priors(20, g), "iou_threshold": 0.0}
 
 
+def _meeting_none(g):
+    """At threshold 0, priors that meet none of many ground truths belong to the first."""
+    boxes = random_boxes(70, g, high=0.1) + 2
+    return {"gt_boxes": [boxes], "priors": _priors(20, g), "iou_threshold": 0.0, "force": "none"}
+
+
 def _ragged_pair(g):
     counts = torch.tensor([3, 0, 5, 1])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -109,6 +116,7 @@ _SMALL = [
     Case("exactly at the thresholds", _exactly_at_threshold),
     Case("negative coordinates", _in_pixels),
     Case("threshold 0", _at_zero_threshold),
+    Case("threshold 0, none met", _meeting_none),
 ]
 
 
@@ -122,7 +130,7 @@ def _with_labels(case):
             labels = [torch.randint(1, 21, (len(b),), generator=g) for b in boxes]
         return {**inputs, "gt_labels": labels}
 
-    return Case(case.name, make, dtypes=case.dtypes, peers=case.peers)
+    return dataclasses.replace(case, make=make)
 
 
 def _own_arithmetic(inputs):

@@ -1,5 +1,6 @@
 """nms, batched_nms, nms_padded."""
 
+import dataclasses
 import functools
 import math
 
@@ -115,7 +116,7 @@ def _in_classes(case, classes):
             "iou_threshold": inputs["iou_threshold"],
         }
 
-    return Case(f"{case.name}, {classes} classes", make, case.benchmark, case.quick, case.dtypes, case.peers)
+    return dataclasses.replace(case, name=f"{case.name}, {classes} classes", make=make)
 
 
 def _far_ids(g):
