@@ -118,17 +118,17 @@ __global__ void __launch_bounds__(kCollectThreads, 1)
   for (C& m : most) m = -infinity;
   for (int c = first + own; c < classes; c += kSumLanes) {
 #pragma unroll
-    for (int r = 0; r < kPairs; ++r) {
-      const int64_t p = first_row + 2 * r + half;
-      most[r] = max_of(logit(p < priors ? p : priors - 1, c), most[r]);
+    for (int i = 0; i < kPairs; ++i) {
+      const int64_t p = first_row + 2 * i + half;
+      most[i] = max_of(logit(p < priors ? p : priors - 1, c), most[i]);
     }
   }
-  unsigned alive = 0;  // bit r: the r-th row of this half
+  unsigned alive = 0;  // bit i: the i-th row of this half
 #pragma unroll
-  for (int r = 0; r < kPairs; ++r) {
-    const int64_t p = first_row + 2 * r + half;
-    const C greatest = max_of_lanes(most[r]);
-    if (p < priors && greatest - (is_sigmoid ? C(0) : logit(p, 0)) > bound) alive |= 1u << r;
+  for (int i = 0; i < kPairs; ++i) {
+    const int64_t p = first_row + 2 * i + half;
+    const C greatest = max_of_lanes(most[i]);
+    if (p < priors && greatest - (is_sigmoid ? C(0) : logit(p, 0)) > bound) alive |= 1u << i;
   }
 
   bool full = false;  // the list can take no more
