@@ -116,6 +116,11 @@ def _one_class_leads(inputs):
     inputs["priors"][::5, 0] += torch.arange(len(inputs["priors"][::5])) % 10
 
 
+def _one_class_alone(inputs):
+    """More candidates of it than are to be looked at, and no other."""
+    inputs["logits"][..., 1] += 8
+
+
 def _tied_scores(inputs):
     inputs["logits"].copy_(inputs["logits"].round())
 
@@ -146,6 +151,7 @@ def _expanded(inputs):
 
 
 _EVERY_CLASS = {"class_agnostic": True, "score_threshold": 0.001}
+_WANT_ALL = {"iou_threshold": 0.9, "max_detections": 1000}
 HALVES_TOO = (*EXACT, torch.float16, torch.bfloat16)
 _UNIT = {"window": (0.0, 0.0, 1.0, 1.0)}
 _SMALL = [
@@ -166,6 +172,8 @@ _SMALL = [
     _case("few wanted", 2, 90, 8, 0.0, max_detections=3),
     _case("few of each class", 2, 90, 8, 0.0, topk_per_class=4),
     _case("few of each class, ties at the cut", 2, 90, 8, 0.0, change=_tied_scores, topk_per_class=7),
+    _case("one class alone", 2, 60, 9, change=_one_class_alone, topk_per_class=12, iou_threshold=0.9),
+    _case("one class alone, 900 of it", 1, 900, 21, change=_one_class_alone, topk_per_class=600, **_WANT_ALL),
     _case("all scores equal", 2, 60, 12, change=_equal_scores, topk_per_class=30, max_detections=100),
     _case("all boxes equal", 2, 60, 7, 0.0, change=_equal_boxes),
     # More candidates than the first pass of the CPU keeps, and than a list of the GPU holds.

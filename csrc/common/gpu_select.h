@@ -48,9 +48,9 @@ struct Cut {
   int64_t wanted;  // of the keys equal to it, how many are among the k greatest
 };
 
-// Of key_at(0) .. key_at(n - 1), unsigned integers of kBits bits; 1 <= k <= n < 2^32. All threads of the
-// block call it. With kDistinct no two keys are equal, and the result may be any key that divides the k
-// greatest from the others: those at least as great are exactly k.
+// Of key_at(0) .. key_at(n - 1), unsigned integers of kBits bits, at least k >= 1 of them above 0; n < 2^32.
+// All threads of the block call it. With kDistinct no two keys above 0 are equal, and the result may be
+// any key that divides the k greatest from the others: those at least as great are exactly k.
 template <int kThreads, int kBits, bool kDistinct, class Key, class KeyAt>
 __device__ Cut<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared) {
   static_assert(kBits % kDigitBits == 0);
@@ -64,7 +64,7 @@ __device__ Cut<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     for (int64_t begin = 0; begin < n; begin += kThreads) {
       const int64_t i = begin + thread;
       const Key key = i < n ? key_at(i) : Key(0);
-      const bool counted = i < n && ((key ^ cut.key) >> shift >> kDigitBits) == 0;
+      const bool counted = ((key ^ cut.key) >> shift >> kDigitBits) == 0;
       const int digit = counted ? int(key >> shift) & (kDigits - 1) : -1;
       // Most keys share their first digit: one addition for all equal digits of the warp.
       const unsigned equal = __match_any_sync(kFullMask, digit);
@@ -89,7 +89,6 @@ __device__ Cut<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     cut = {shared.prefix, shared.wanted};
     if (kDistinct && shared.found == cut.wanted) break;  // the same in every thread
   }
-  __syncthreads();  // what is shared may be used again
   return cut;
 }
 

@@ -36,9 +36,7 @@ SSD_EXT_HD int64_t classes_of(const Inputs& in) {
   const int64_t n = in.sizes.classes - first_class(in.params);
   return n > 0 ? n : 0;
 }
-SSD_EXT_HD int64_t best_of_class(const Inputs& in) {
-  return in.params.topk_per_class < in.sizes.priors ? in.params.topk_per_class : in.sizes.priors;
-}
+SSD_EXT_HD int64_t best_of_class(const Inputs& in) { return min_of(in.params.topk_per_class, in.sizes.priors); }
 SSD_EXT_HD int64_t list_size(const Inputs& in) { return classes_of(in) * best_of_class(in); }
 
 // What softmax needs of a row beside the logit: score = exp(x - greatest) / sum. Infinite sum: no candidate.
@@ -117,20 +115,20 @@ __global__ void __launch_bounds__(kCollectThreads, 1)
 
   // Whether a row can have a candidate, of all rows together: many loads on their way at once.
   C most[kPairs];
-  for (int r = 0; r < kPairs; ++r) most[r] = -infinity;
+  for (C& m : most) m = -infinity;
   for (int c = first + own; c < classes; c += kSumLanes) {
 #pragma unroll
-    for (int r = 0; r < kPairs; ++r) {
-      const int64_t p = first_row + 2 * r + half;
-      most[r] = max_of(logit(p < priors ? p : priors - 1, c), most[r]);
+    for (int i = 0; i < kPairs; ++i) {
+      const int64_t p = first_row + 2 * i + half;
+      most[i] = max_of(logit(p < priors ? p : priors - 1, c), most[i]);
     }
   }
-  unsigned alive = 0;  // bit r: the r-th row of this half
+  unsigned alive = 0;  // bit i: the i-th row of this half
 #pragma unroll
-  for (int r = 0; r < kPairs; ++r) {
-    const int64_t p = first_row + 2 * r + half;
-    const C greatest = max_of_lanes(most[r]);
-    if (p < priors && greatest - (is_sigmoid ? C(0) : logit(p, 0)) > bound) alive |= 1u << r;
+  for (int i = 0; i < kPairs; ++i) {
+    const int64_t p = first_row + 2 * i + half;
+    const C greatest = max_of_lanes(most[i]);
+    if (p < priors && greatest - (is_sigmoid ? C(0) : logit(p, 0)) > bound) alive |= 1u << i;
   }
 
   bool full = false;  // the list can take no more
@@ -322,7 +320,7 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
   int64_t* const visited = w.visited + image * in.sizes.classes;
   C* const kept_boxes = w.kept_boxes + image * most * 4;
   int32_t* const kept_class = w.kept_class + image * most;
-  const int64_t found = w.found[image], n = found < size ? found : size;
+  const int64_t found = w.found[image], n = min_of(found, size);
   // Whether a class may have more candidates than are to be looked at.
   const bool crowded = found <= size && found > params.topk_per_class;
   if (crowded) {
@@ -410,8 +408,7 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
           out.labels[image * most + slot] = c;
         }
       }
-      count += __popcll(kept);
-      count = count < most ? count : most;
+      count = min_of(count + __popcll(kept), most);
       __syncthreads();  // they may be read, and what is shared about the tile used again
     }
     if (n <= kChunk) break;  // that was all
