@@ -132,10 +132,7 @@ def conditions(dry_run: bool) -> dict[str, Any]:
 
 
 def bring(package: str) -> str:
-    return (
-        f"on a machine with a network `pip download -d DIR '{package}'`, "
-        f"here `pip install --no-index --find-links DIR '{package}'`"
-    )
+    return f"install '{package}', from a wheel that was downloaded elsewhere if there is no network"
 
 
 # Whether a program or file is there, and how to bring it.
@@ -262,7 +259,7 @@ def build(check: Check) -> Outcome:
             "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "") + " -DCMAKE_CUDA_FLAGS=-lineinfo",  # for the sanitizer
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
-        pip = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
         install = Job([*pip, "--target", site, str(ROOT)], check.log("build"), environment)
         run(check.limit, install)
         if install.status is None:

@@ -75,8 +75,7 @@ def sentence_of(failed):
 def require_build_tools():
     for name in BUILD_TOOLS:
         pytest.importorskip(name)
-    if tuple(map(int, sys.modules["setuptools"].__version__.split(".")[:2])) < (77, 0):
-        pytest.skip("setuptools is older than 77")
+    pytest.importorskip("setuptools", minversion="77")  # the licence field of pyproject.toml
 
 
 @pytest.mark.slow

@@ -29,13 +29,15 @@ SANITIZER_REPORTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+def is_seen(fault):
+    """In this build, by the emulator itself; "none" is a kernel without a fault."""
+    return fault.startswith(("none", *ALWAYS)) or (CHECKED and not fault.startswith("sanitizer"))
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if is_seen(fault)])
 @pytest.mark.parametrize("order", EMULATED)
 def test_planted_fault_is_reported(fault, order):
     checker = fault.split(":")[0]
-    seen = checker.startswith(ALWAYS) or CHECKED
-    if checker != "none" and (checker == "sanitizer" or not seen):
-        pytest.skip("another build of the emulator sees this")
     with emulated(order):
         if checker == "none":
             _C.emulator.run_fault(fault)

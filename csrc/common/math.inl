@@ -76,13 +76,23 @@ SSD_EXT_HD V max_of(V a, V b) {
 
 namespace detail {
 
-// 2^k, for k in the range of normal numbers.
+// Of the bits, where a signed shift might overflow.
+template <class I>
+SSD_EXT_HD I shift_left(I bits, int by) {
+  if constexpr (std::is_integral_v<I>) {
+    return I(std::make_unsigned_t<I>(bits) << by);
+  } else {
+    return bits << by;
+  }
+}
+
+// 2^k, for k in the range of normal numbers; any number for another k, as it comes of a NaN.
 template <class V>
 SSD_EXT_HD V pow2(IntOf<V> k) {
   if constexpr (std::is_same_v<ScalarOf<V>, float>) {
-    return bit_cast<V>((k + 127) << 23);
+    return bit_cast<V>(shift_left(k + 127, 23));
   } else {
-    return bit_cast<V>((k + 1023) << 52);
+    return bit_cast<V>(shift_left(k + 1023, 52));
   }
 }
 

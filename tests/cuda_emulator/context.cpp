@@ -2,7 +2,7 @@
 
 namespace emulator {
 
-#if defined(__x86_64__)
+#if !defined(SSD_EXT_EMULATOR_UCONTEXT)
 
 // swapcontext() makes two system calls; this makes none. Saved are the registers that a call must
 // preserve, the return address lying above them.

@@ -3,6 +3,9 @@
 #include <cstddef>
 
 #if !defined(__x86_64__)
+#define SSD_EXT_EMULATOR_UCONTEXT  // may be defined on x86-64 too, to try it
+#endif
+#if defined(SSD_EXT_EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -17,7 +20,7 @@ class Context {
   static void change(Context& from, Context& to);
 
  private:
-#if defined(__x86_64__)
+#if !defined(SSD_EXT_EMULATOR_UCONTEXT)
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;
