@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ssd_ext import ops
 from ssd_ext.ops.matching import Ragged
@@ -25,6 +25,8 @@ class MultiBoxLoss(nn.Module):
         normalize: ``"batch"`` or ``"image"``; see :func:`ssd_ext.ops.multibox_loss`.
         validate: raise for a ground truth that cannot be matched or whose label is not in ``1..C - 1``. This
             synchronises with a GPU.
+        across_ranks: with ``"batch"``, count the positives of all ranks of ``torch.distributed``, which must all
+            call: gradients averaged over ranks are then those of one process with the whole batch.
 
     Raises:
         ValueError: as the two ops do; no priors, or priors given twice.
@@ -47,11 +49,13 @@ class MultiBoxLoss(nn.Module):
         beta: float = 1.0,
         normalize: str = "batch",
         validate: bool = False,
+        across_ranks: bool = False,
     ):
         """See the class for the arguments."""
         super().__init__()
         self.register_buffer("priors", priors, persistent=False)
         self.validate = validate
+        self.across_ranks = across_ranks
         self.matching = {
             "iou_threshold": iou_threshold,
             "low_threshold": low_threshold,
@@ -94,7 +98,14 @@ class MultiBoxLoss(nn.Module):
             num_classes=logits.shape[2] if self.validate else None,
             **self.matching,
         )
-        return ops.multibox_loss(deltas, logits, targets, labels, **self.loss)
+        losses = ops.multibox_loss(deltas, logits, targets, labels, **self.loss)
+        if not self.across_ranks or self.loss["normalize"] != "batch":
+            return losses
+        positives = (labels > 0).sum()
+        everywhere = positives.clone()
+        distributed.all_reduce(everywhere)
+        share = positives.clamp(min=1) * distributed.get_world_size() / everywhere.clamp(min=1)
+        return losses[0] * share, losses[1] * share
 
     def extra_repr(self) -> str:
         """All settings, for ``print``."""

@@ -1,0 +1,42 @@
+"""What the command lines share."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+EXPECTED = (ValueError, OSError, ImportError, RuntimeError)  # of which the message says what is wrong
+
+
+def run(main: Callable[[list[str] | None], None]) -> None:
+    """Run a command; an error that the user can mend is one sentence and exit status 1."""
+    try:
+        main(None)
+    except KeyboardInterrupt:
+        sys.exit("ssd_ext: interrupted")
+    except EXPECTED as e:
+        if os.environ.get("SSD_EXT_TRACEBACK"):
+            raise
+        sys.exit(f"ssd_ext: {e}")
+
+
+def add_device(parser) -> None:
+    """``--device``, by default the GPU where the extension can use one."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+
+
+def add_weights(parser) -> None:
+    """``--weights`` and what goes with files that do not tell their model."""
+    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of ssd_ext.train, or other weights")
+    parser.add_argument("--model", help="of weights from elsewhere, such as ssd300_vgg16")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="of weights from elsewhere, with the background")
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, instead of the checkpoint's")
+
+
+def read_classes(path: str | None) -> list[str] | None:
+    """The lines of a file."""
+    if path is None:
+        return None
+    with open(path) as file:
+        return [line.strip() for line in file if line.strip()]

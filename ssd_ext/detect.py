@@ -1,0 +1,120 @@
+"""Find objects in photographs: ``python -m ssd_ext.detect IMAGE... --weights FILE``."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torchvision.io import write_jpeg
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from ssd_ext import _cli
+from ssd_ext.data import read_image
+from ssd_ext.inference import draw, load_detector
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def image_files(paths: list[str]) -> list[Path]:
+    """The files, and those in the folders, in the order of the numbers in their names: frames of a video.
+
+    Raises:
+        ValueError: a path that is neither, a folder without images.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+            if not inside:
+                raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+            files += sorted(inside, key=lambda f: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", f.name)])
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"no image or folder at {path}")
+    return files
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; ``argv`` is by default that of the process."""
+    parser = argparse.ArgumentParser("python -m ssd_ext.detect", description=__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    _cli.add_weights(parser)
+    _cli.add_device(parser)
+    parser.add_argument("--out", default="detections", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    given = _cli.read_classes(args.classes)
+    model, classes = load_detector(args.weights, model=args.model, num_classes=args.num_classes, classes=given)
+    model.to(args.device)
+    out = Path(args.out)
+    files = image_files(args.images)
+    names = _distinct_names(files)
+    out.mkdir(parents=True, exist_ok=True)
+
+    results, broken = [], []
+    seconds = {"whole": 0.0, "network": 0.0}
+    for file in tqdm(files, unit="image", disable=len(files) < 10):
+        try:
+            image = read_image(file)
+        except (OSError, ValueError) as e:
+            broken.append(str(e))
+            continue
+        batch = [F.to_dtype(image.to(args.device), torch.float32, scale=True)]
+        if not results:
+            _timed(model, batch)  # the first call sets threads and memory up
+        (found,), took = _timed(model, batch)
+        seconds = {name: seconds[name] + took[name] for name in seconds}
+        found = {name: value.cpu() for name, value in found.items()}
+        shown = found["scores"] > args.threshold
+        objects = [
+            {"label": classes[label - 1], "score": round(score, 4), "box": [round(x, 1) for x in box]}
+            for label, score, box in zip(*(found[k][shown].tolist() for k in ("labels", "scores", "boxes")), strict=True)
+        ]
+        results.append({"image": str(file), "detections": objects})
+        write_jpeg(draw(image, found, classes, args.threshold), str(out / names[file]), quality=90)
+    (out / "detections.json").write_text(json.dumps(results, indent=1))
+    if results:
+        count, total = len(results), sum(len(result["detections"]) for result in results)
+        print(f"{total} objects in {count} images; pictures and detections.json in {out}")
+        print(
+            f"{count / seconds['whole']:.1f} images/s; {count / seconds['network']:.1f} without post-processing "
+            "(one image at a time, without reading and drawing)"
+        )
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+def _distinct_names(files: list[Path]) -> dict[Path, str]:
+    """A file name for each picture; equal names from different folders are numbered."""
+    taken: dict[str, int] = {}
+    names = {}
+    for file in dict.fromkeys(files):
+        taken[file.stem] = taken.get(file.stem, 0) + 1
+        suffix = f"-{taken[file.stem]}" if taken[file.stem] > 1 else ""
+        names[file] = f"{file.stem}{suffix}.jpg"
+    return names
+
+
+@torch.inference_mode()
+def _timed(model, batch) -> tuple[list, dict[str, float]]:
+    """What the model finds, and the seconds that all of it and the network alone took."""
+
+    def now():
+        if batch[0].is_cuda:
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    start = now()
+    found = model(batch)
+    middle = now()
+    model.heads(model.transform(batch))
+    return found, {"whole": middle - start, "network": now() - middle}
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,51 @@
+"""Measure a detector on annotated images: ``python -m ssd_ext.evaluate DATA --weights FILE``."""
+
+import argparse
+import json
+
+from ssd_ext import _cli
+from ssd_ext.data import load_dataset
+from ssd_ext.evaluation import average_precision, coco_metrics, plot_pr_curves
+from ssd_ext.inference import detections, load_detector
+
+METRICS = {"voc12": "area", "voc07": "11point", "coco": None}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; ``argv`` is by default that of the process."""
+    parser = argparse.ArgumentParser("python -m ssd_ext.evaluate", description=__doc__)
+    parser.add_argument("data", help="Pascal VOC folder or COCO .json")
+    parser.add_argument("--split", default="test", help="of a VOC folder (default: %(default)s)")
+    _cli.add_weights(parser)
+    _cli.add_device(parser)
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["voc12"], help="default: voc12")
+    parser.add_argument("--iou-threshold", type=float, default=0.5, help="of the VOC metrics (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="draw precision over recall, as .png or .svg")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    args = parser.parse_args(argv)
+
+    given = _cli.read_classes(args.classes)
+    model, classes = load_detector(args.weights, model=args.model, num_classes=args.num_classes, classes=given)
+    dataset = load_dataset(args.data, args.split, classes)
+    found = detections(model.to(args.device), dataset, workers=args.workers)
+    targets = [dataset.target(i) for i in range(len(dataset))]
+    figures = {}
+    for metric in args.metrics:
+        if metric == "coco":
+            figures[metric] = coco_metrics(targets, found)
+            print("coco: " + ", ".join(f"{name} {value:.4f}" for name, value in figures[metric].items()))
+            continue
+        result = average_precision(found, targets, model.num_classes, args.iou_threshold, METRICS[metric])
+        figures[metric] = {"mAP": result.mean, **dict(zip(classes, result.ap.tolist(), strict=True))}
+        for name, value in figures[metric].items():
+            print(f"{metric}  {name:<24} {value:.4f}")
+    if args.plot:
+        plot_pr_curves(average_precision(found, targets, model.num_classes, args.iou_threshold), classes, args.plot)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,87 @@
+"""Train a detector on your own images: ``python -m ssd_ext.train DATA --out FOLDER``.
+
+On several GPUs or in several CPU processes: ``torchrun --nproc-per-node N -m ssd_ext.train DATA --out FOLDER``.
+"""
+
+import argparse
+import dataclasses
+import os
+
+import torch
+from torch import distributed
+
+from ssd_ext import _cli
+from ssd_ext.data import load_dataset
+from ssd_ext.models import MODELS, create, load_weights
+from ssd_ext.training import AMP, SCHEDULES, Recipe, fit, plot_history
+
+# What differs from Recipe's defaults, which are those of the paper's VGG.
+RECIPES = {"ssdlite320_mobilenet_v2": {"lr": 0.02, "weight_decay": 4e-5, "batch_size": 16, "warmup": 100}}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line; options left out are the model's recipe."""
+    made = argparse.ArgumentParser("python -m ssd_ext.train", description=__doc__.split("\n")[0])
+    add = made.add_argument
+    add("data", help="Pascal VOC folder or COCO .json")
+    add("--out", required=True, metavar="FOLDER", help="for checkpoints, curves and TensorBoard")
+    add("--split", default="train", help="of a VOC folder, to train on (default: %(default)s)")
+    add("--val-data", metavar="DATA", help="to evaluate on (default: the same folder)")
+    add("--val-split", metavar="SPLIT", help="of a VOC folder, to evaluate on (default: none)")
+    add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the data)")
+    add("--model", default="ssd300_vgg16", choices=sorted(MODELS), help="default: %(default)s")
+    add("--weights", metavar="FILE", help="start from this detector; heads for other classes are made anew")
+    add("--backbone-weights", metavar="FILE", help="start from this ImageNet classifier")
+    add("--resume", action="store_true", help="go on from FOLDER/last.pt if there is one")
+    _cli.add_device(made)
+    recipe = made.add_argument_group("recipe (default: the model's)")
+    for field in dataclasses.fields(Recipe):
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            recipe.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
+        elif field.name == "milestones":
+            recipe.add_argument(name, type=float, nargs="+")
+        else:
+            kind = {"clip_gradient": float, "ema": float}.get(field.name, type(field.default))
+            choices = {"amp": tuple(AMP), "schedule": SCHEDULES}.get(field.name)
+            recipe.add_argument(name, type=kind, choices=choices, metavar=None if choices else "N")
+    return made
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The model's recipe with what was given on the command line."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    return Recipe(**{**RECIPES.get(args.model, {}), **given})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; ``argv`` is by default that of the process."""
+    args = parser().parse_args(argv)
+    device = torch.device(args.device)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        recipe = recipe_of(args)
+        train_set = load_dataset(args.data, args.split, _cli.read_classes(args.classes))
+        val_set = None
+        if args.val_data or args.val_split:
+            val_set = load_dataset(args.val_data or args.data, args.val_split, train_set.classes)
+        torch.manual_seed(recipe.seed)  # of the heads' first weights
+        model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights)
+        if args.weights:
+            print(load_weights(model, args.weights))
+        run = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            plot_history(run.history, os.path.join(args.out, "curves.png"))
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _cli.run(main)
