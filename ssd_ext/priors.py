@@ -208,9 +208,10 @@ def _ssd512(scales: tuple[float, ...]) -> PriorSpec:
     )
 
 
-# Section 3.1 of the paper: conv4_3 apart. The models that its authors released round the step down
-# to 0.17: dataclasses.replace(SSD300_VOC, scales=(0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)).
+# Section 3.1 of the paper: conv4_3 apart.
 SSD300_VOC = _ssd300(paper_scales(6, first=0.1))
+# The models that its authors released, and amdegroot's: their step is rounded down to 0.17.
+SSD300_VOC_RELEASED = _ssd300((0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05))
 # min_sizes 21 45 99 153 207 261, max_sizes 45 .. 315 of the released model; torchvision's ssd300_vgg16.
 SSD300_COCO = _ssd300((0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05))
 # Equation 4 for all six levels.
@@ -219,3 +220,10 @@ SSD300_PAPER = _ssd300(paper_scales(6))
 SSD512_VOC = _ssd512((0.07, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05))
 # min_sizes 20.48 51.2 133.12 215.04 296.96 378.88 460.8 of the released model.
 SSD512_COCO = _ssd512((0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06))
+# torchvision's ssdlite320_mobilenet_v3_large: six levels from 0.2 to 0.95, the cells of a level evenly spread.
+SSDLITE320 = PriorSpec(
+    image_size=(320, 320),
+    feature_sizes=((20, 20), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)),
+    scales=(0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0),
+    aspect_ratios=((2, 3),) * 6,
+)

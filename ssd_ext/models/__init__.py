@@ -1,0 +1,33 @@
+"""SSD300, SSD512 and SSDLite, and SSD around any backbone.
+
+>>> from ssd_ext.models import ssdlite320_mobilenet_v2
+>>> model = ssdlite320_mobilenet_v2(num_classes=21)
+"""
+
+from collections.abc import Callable
+
+try:
+    import torchvision as _  # noqa: F401
+except ImportError as _error:
+    raise ImportError('ssd_ext.models needs torchvision: pip install "ssd_ext[train]"', name="torchvision") from _error
+
+from ssd_ext.models.mobilenet import ssdlite320_mobilenet_v2
+from ssd_ext.models.ssd import SSD
+from ssd_ext.models.vgg import ssd300_vgg16, ssd512_vgg16
+from ssd_ext.models.weights import LoadReport, load_weights
+
+MODELS: dict[str, Callable[..., SSD]] = {
+    builder.__name__: builder for builder in (ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2)
+}
+__all__ = ["MODELS", "SSD", "LoadReport", "create", "load_weights", *sorted(MODELS)]
+
+
+def create(name: str, **kwargs) -> SSD:
+    """The model of that name, one of ``MODELS``; keywords go to its builder.
+
+    Raises:
+        ValueError: no such model; as the builder.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name](**kwargs)

@@ -1,0 +1,141 @@
+"""SSD300 and SSD512 on VGG16, as in the paper."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, SSD, xavier_
+from ssd_ext.models.weights import Source, load_into
+from ssd_ext.priors import SSD300_COCO, SSD512_COCO, PriorSpec
+
+# Convolutions of each stage, up to the pool that ends it.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+CONV4_3 = 22  # the ReLU of conv4_3 in VGG16.features
+
+# (bottleneck, channels, kernel, stride, padding) of the levels above conv7.
+_CONV8_9 = ((256, 512, 3, 2, 1), (128, 256, 3, 2, 1))
+SSD300_EXTRAS = (*_CONV8_9, (128, 256, 3, 1, 0), (128, 256, 3, 1, 0))
+SSD512_EXTRAS = (*_CONV8_9, (128, 256, 3, 2, 1), (128, 256, 3, 2, 1), (128, 256, 4, 1, 1))
+
+
+class VGG16(nn.Module):
+    """VGG16 up to conv5_3, conv6 and conv7 in place of its fully connected layers, and the extra levels.
+
+    ``features`` has the indices of torchvision's ``vgg16().features``, the last pool apart, and goes on to conv7.
+
+    Args:
+        extras: (bottleneck, channels, kernel, stride, padding) of each extra level.
+
+    Source: Liu et al., SSD (2016), section 3 and figure 2; Liu et al., ParseNet (2015), for the scale of conv4_3.
+    """
+
+    def __init__(self, extras: tuple[tuple[int, int, int, int, int], ...] = SSD300_EXTRAS):
+        """See the class for the arguments."""
+        super().__init__()
+        layers, channels = [], 3
+        for stage in STAGES:
+            for width in stage:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            # pool3 rounds up: 75 cells of SSD300 make 38
+            layers.append(nn.MaxPool2d(2, 2, ceil_mode=width == 256))
+        layers[-1] = nn.MaxPool2d(3, 1, padding=1)
+        for conv in layers:
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(conv.bias)
+        atrous = nn.Sequential(nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.Conv2d(1024, 1024, 1))
+        xavier_(atrous)
+        for conv in atrous:
+            layers += [conv, nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.scale = nn.Parameter(torch.full((512,), 20.0))
+
+        self.extras = nn.ModuleList()
+        channels = 1024
+        for bottleneck, width, kernel, stride, padding in extras:
+            self.extras.append(
+                nn.Sequential(
+                    nn.Conv2d(channels, bottleneck, 1),
+                    nn.ReLU(inplace=True),
+                    nn.Conv2d(bottleneck, width, kernel, stride, padding),
+                    nn.ReLU(inplace=True),
+                )
+            )
+            channels = width
+        xavier_(self.extras)
+        self.channels = [512, 1024, *(width for _, width, *_ in extras)]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """conv4_3 (normalised over channels, then scaled), conv7 and the extra levels."""
+        maps = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i == CONV4_3:
+                maps.append(self.scale.view(1, -1, 1, 1) * F.normalize(x))
+        maps.append(x)
+        for block in self.extras:
+            x = block(x)
+            maps.append(x)
+        return maps
+
+
+def ssd300_vgg16(
+    num_classes: int = 91,
+    *,
+    weights: Source | None = None,
+    backbone_weights: Source | None = None,
+    image_size: tuple[int, int] = (300, 300),
+    priors: PriorSpec = SSD300_COCO,
+    **settings,
+) -> SSD:
+    """SSD300 of the paper, as torchvision's ``ssd300_vgg16`` builds it.
+
+    Args:
+        num_classes: with background.
+        weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
+        backbone_weights: a VGG16's file or state dict, trained on ImageNet.
+        image_size: ``(H, W)`` in pixels that images are resized to.
+        priors: default: torchvision's.
+        **settings: more of :class:`ssd_ext.models.SSD`.
+
+    Raises:
+        ValueError: as :class:`ssd_ext.models.SSD` and :func:`ssd_ext.models.load_weights`; a backbone given as
+            ``weights``, or a detector as ``backbone_weights``.
+
+    Source: Liu et al., SSD (2016), section 3.
+    """
+    return _ssd_vgg16(VGG16(SSD300_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
+
+
+def ssd512_vgg16(
+    num_classes: int = 91,
+    *,
+    weights: Source | None = None,
+    backbone_weights: Source | None = None,
+    image_size: tuple[int, int] = (512, 512),
+    priors: PriorSpec = SSD512_COCO,
+    **settings,
+) -> SSD:
+    """SSD512: :func:`ssd300_vgg16` with one level more.
+
+    Args:
+        num_classes: with background.
+        weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
+        backbone_weights: a VGG16's file or state dict, trained on ImageNet.
+        image_size: ``(H, W)`` in pixels that images are resized to.
+        priors: default: those of the released COCO model.
+        **settings: more of :class:`ssd_ext.models.SSD`.
+
+    Raises:
+        ValueError: as :func:`ssd300_vgg16`.
+
+    Source: Liu et al., SSD (2016), section 3.3, footnote 5.
+    """
+    return _ssd_vgg16(VGG16(SSD512_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
+
+
+def _ssd_vgg16(backbone, priors, num_classes, weights, backbone_weights, image_size, settings) -> SSD:
+    settings = {"mean": CAFFE_MEAN, "std": CAFFE_STD, **settings}
+    model = SSD(backbone, backbone.channels, priors, num_classes, image_size=image_size, **settings)
+    return load_into(model, weights, backbone_weights)

@@ -1,0 +1,304 @@
+"""Weights from files of several layouts: load_weights, LoadReport."""
+
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, IMAGENET_MEAN, IMAGENET_STD, SSD
+from ssd_ext.priors import SSD300_VOC_RELEASED
+
+Source = str | os.PathLike | Mapping[str, Tensor]
+
+# What a VGG16's first convolution was trained on: order of the channels, mean and std as RGB in 0..1.
+CONVENTIONS = {
+    "rgb": ("RGB", IMAGENET_MEAN, IMAGENET_STD),
+    "rgb255": ("RGB", CAFFE_MEAN, CAFFE_STD),
+    "bgr255": ("BGR", (123.68 / 255, 116.779 / 255, 103.939 / 255), CAFFE_STD),
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_weights` found and did.
+
+    Attributes:
+        format: the layout, in words.
+        loaded: names of the model's tensors that were set.
+        skipped: keys of the file that were not used.
+        detector: the file has heads; else it is a backbone, and the model's heads are as before.
+    """
+
+    format: str
+    loaded: list[str]
+    skipped: list[str]
+    detector: bool
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        text = f"{self.format}: {len(self.loaded)} tensors loaded"
+        return text + (f", {len(self.skipped)} skipped: {', '.join(self.skipped)}" if self.skipped else "")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How another project names what our models have.
+
+    ``marker`` is found at the start of a key in no other layout. A rule turns a whole key into the model's name.
+    """
+
+    name: str
+    marker: str
+    rules: Sequence[tuple[str, str | Callable[[re.Match], str]]]
+    detector: bool = True
+    convention: str | None = None  # None: the model's own
+
+    def rename(self, key: str) -> str | None:
+        for pattern, name in self.rules:
+            if match := re.fullmatch(pattern, key):
+                return match.expand(name) if isinstance(name, str) else name(match)
+        return None
+
+
+_LAYOUTS = (
+    _Layout("ssd_ext detector", r"box_heads\.", [(r".+", r"\g<0>")]),
+    _Layout(
+        "torchvision detector",
+        r"head\.classification_head\.",
+        [
+            (r"backbone\.extra\.0\.7\.(\d+)(\..+)", lambda m: f"backbone.features.{30 + int(m[1])}{m[2]}"),
+            (r"backbone\.extra\.0\.(\d+)(\..+)", lambda m: f"backbone.features.{23 + int(m[1])}{m[2]}"),
+            (r"backbone\.extra\.(\d+)(\..+)", lambda m: f"backbone.extras.{int(m[1]) - 1}{m[2]}"),
+            (r"backbone\.features\..+", r"\g<0>"),
+            (r"backbone\.scale_weight", "backbone.scale"),
+            (r"head\.classification_head\.module_list(\..+)", r"class_heads\1"),
+            (r"head\.regression_head\.module_list(\..+)", r"box_heads\1"),
+        ],
+    ),
+    _Layout(
+        "amdegroot detector",
+        r"loc\.0\.",
+        [
+            (r"vgg(\..+)", r"backbone.features\1"),
+            (r"extras\.(\d+)(\..+)", lambda m: f"backbone.extras.{int(m[1]) // 2}.{int(m[1]) % 2 * 2}{m[2]}"),
+            (r"L2Norm\.weight", "backbone.scale"),
+            (r"loc(\..+)", r"box_heads\1"),
+            (r"conf(\..+)", r"class_heads\1"),
+        ],
+        # its data set reads BGR and subtracts the mean, but then turns the channels round
+        convention="rgb255",
+    ),
+    _Layout("MobileNetV2 backbone", r"features\.0\.0\.", [(r"features\..+", r"backbone.\g<0>")], detector=False),
+    _Layout(
+        "VGG16 backbone",
+        r"features\.0\.weight",
+        [(r"features\..+", r"backbone.\g<0>")],
+        detector=False,
+        convention="rgb",
+    ),
+    _Layout(
+        "amdegroot VGG16 backbone",
+        r"0\.weight",
+        [(r"\d+\..+", r"backbone.features.\g<0>")],
+        detector=False,
+        convention="rgb255",
+    ),
+)
+# The first biases of the original VGG16 of Oxford, and of what was made from it. Its first weights
+# (0.43, 0.55, 0.48) come in the order of the channels: rising from first to last, they are blue's to red's.
+_ORIGINAL_BIAS = (0.734, 0.093, 0.068, 0.886)
+# What an ImageNet classifier may lack (conv6 and conv7 are made of its fc6 and fc7).
+_BEYOND_BACKBONE = re.compile(r"(box_heads|class_heads|backbone\.extras|backbone\.scale|backbone\.features\.3[13])\b")
+
+
+def load_weights(model: SSD, source: Source, *, convention: str | None = None) -> LoadReport:
+    """Load a file of weights, whose layout is recognised.
+
+    - a state dict of ours, or a checkpoint with one under ``"model"``;
+    - torchvision's ``ssd300_vgg16``;
+    - amdegroot's ``ssd.pytorch`` (``vgg.*``, ``extras.*``, ``loc.*``, ``conf.*``, ``L2Norm.weight``). The released VOC
+      weights want ``priors=SSD300_VOC_RELEASED``; they bound centres to the image too, which ours do not;
+    - a backbone alone: torchvision's ``mobilenet_v2``; ``vgg16`` under torchvision's names, or amdegroot's
+      ``vgg16_reducedfc``. fc6 and fc7 become conv6 and conv7, every fourth channel and every third cell.
+
+    A detector of another number of classes leaves the model's class heads as they are; ``skipped`` lists its own.
+    Either all of this is possible, or the model is unchanged.
+
+    Args:
+        model: one of :data:`ssd_ext.models.MODELS`, or of another backbone for files of ours.
+        source: a path (``.safetensors``, else a file of ``torch.save``, read with ``weights_only=True``) or a state
+            dict.
+        convention: the input that a VGG16 was trained on: ``"rgb"`` (0..1, ImageNet's mean and deviation),
+            ``"rgb255"`` (0..255 less (123, 117, 104)) or ``"bgr255"`` (0..255 less (103.939, 116.779, 123.68)). The
+            first convolution is converted to the model's input, exactly but for images' borders, which it pads with
+            0, that is with the mean. Default: by the layout; the original VGG16 is recognised by its first biases.
+
+    Raises:
+        ValueError: an unreadable file, an unknown layout, tensors that do not fit the model, an unknown
+            ``convention`` or one where no VGG16 is loaded.
+        OSError: no such file.
+        ImportError: a ``.safetensors`` file without that package.
+
+    Source: Liu et al., SSD (2016), section 3 (subsampled fc6 and fc7); https://github.com/amdegroot/ssd.pytorch.
+    """
+    if convention not in (None, *CONVENTIONS):
+        raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
+    where = "state dict" if isinstance(source, Mapping) else os.fspath(source)
+    state = _tensors(_read(source), where)
+    layout = next((known for known in _LAYOUTS if any(re.match(known.marker, key) for key in state)), None)
+    if layout is None:
+        raise ValueError(f"{where}: not the weights of a known layout, with keys {_some(state)}")
+    state = _atrous(state) if layout.name == "VGG16 backbone" else state
+    ours, skipped = _fit(layout, state, model, where)
+    convention = convention or _convention(layout, ours)
+    if convention:
+        _convert(ours, convention, model, where)
+    model.load_state_dict(ours, strict=False)
+    _warn_of_priors(layout, model)
+    return LoadReport(
+        f"{layout.name}, {convention}" if convention else layout.name, list(ours), skipped, layout.detector
+    )
+
+
+def load_into(model: SSD, weights: Source | None, backbone_weights: Source | None) -> SSD:
+    """The model with what a builder was given: a detector as ``weights``, a backbone as ``backbone_weights``."""
+    for name, source, detector in (("backbone_weights", backbone_weights, False), ("weights", weights, True)):
+        if source is None:
+            continue
+        report = load_weights(model, source)
+        if report.detector != detector:
+            other = "weights" if name == "backbone_weights" else "backbone_weights"
+            raise ValueError(f"{name} holds a {report.format}: give it as {other}")
+    return model
+
+
+def _read(source: Source) -> object:
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file as read
+        except ImportError as error:
+            raise ImportError(f'{path} needs safetensors: pip install "ssd_ext[train]"', name="safetensors") from error
+    else:
+
+        def read(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    try:
+        return read(path)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: corrupt, or holds more than tensors (it is read with weights_only=True)") from error
+    except Exception as error:  # what the readers raise for a broken file is not documented
+        raise ValueError(f"{path}: corrupt: {str(error).splitlines()[0]}") from error
+
+
+def _tensors(loaded: object, where: str) -> dict[str, Tensor]:
+    """The state dict in what a file holds, without the prefixes of DDP and ``torch.compile``."""
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
+        loaded = loaded["model"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        held = f"a dict of {_some(loaded)}" if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise ValueError(f"{where}: expected tensors by name, or a checkpoint with them under 'model', got {held}")
+    state = dict(loaded)
+    for prefix in ("module.", "_orig_mod."):
+        consume_prefix_in_state_dict_if_present(state, prefix)
+    return state
+
+
+def _atrous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """conv6 and conv7 subsampled from fc6 and fc7, where these are there and whole.
+
+    torchvision's ``IMAGENET1K_FEATURES`` holds NaN in their place.
+    """
+    state = dict(state)
+    for fc, conv, view, step in (
+        ("classifier.0", "features.31", (4096, 512, 7, 7), (4, 1, 3, 3)),
+        ("classifier.3", "features.33", (4096, 4096, 1, 1), (4, 4, 1, 1)),
+    ):
+        weight, bias = state.get(f"{fc}.weight"), state.get(f"{fc}.bias")
+        if weight is None or bias is None or not weight.isfinite().all():
+            continue
+        del state[f"{fc}.weight"], state[f"{fc}.bias"]
+        state[f"{conv}.weight"] = weight.view(view)[tuple(slice(None, None, s) for s in step)]
+        state[f"{conv}.bias"] = bias[::4]
+    return state
+
+
+def _fit(
+    layout: _Layout, state: dict[str, Tensor], model: nn.Module, where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` under the model's names, and the keys to skip."""
+    target = model.state_dict()
+    ours, skipped, faults, other_classes = {}, [], [], set()
+    for key, value in state.items():
+        name = layout.rename(key)
+        if name is None and not layout.detector:
+            skipped.append(key)  # the classifier
+        elif name not in target:
+            faults.append(f"{key} is not in the model")
+        elif value.shape == target[name].shape:
+            ours[name] = value
+        elif name.startswith("class_heads.") and value.shape[1:] == target[name].shape[1:]:
+            skipped.append(key)
+            other_classes.add(name)
+        else:
+            faults.append(f"{key} is {list(value.shape)}, the model's {name} {list(target[name].shape)}")
+    missing = target.keys() - ours.keys() - other_classes
+    if not layout.detector:
+        missing = {name for name in missing if not _BEYOND_BACKBONE.match(name)}
+    faults += [f"{name} is missing" for name in target if name in missing]
+    if faults:
+        raise ValueError(f"{where}: this {layout.name} does not fit the model: {_some(faults, '; ')}")
+    return ours, skipped
+
+
+def _some(items, separator: str = ", ") -> str:
+    """A few of them, and how many more."""
+    items = list(map(str, items))
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return separator.join(items[:4]) + more or "none"
+
+
+def _convention(layout: _Layout, ours: dict[str, Tensor]) -> str | None:
+    """The input that a file's first convolution expects, by its layout or by its values."""
+    if layout.name != "VGG16 backbone":
+        return layout.convention
+    bias, first = ours["backbone.features.0.bias"][:4].float(), ours["backbone.features.0.weight"][0, :, 0, 0]
+    if not torch.allclose(bias, torch.tensor(_ORIGINAL_BIAS), atol=0.02):
+        return layout.convention
+    return "bgr255" if first[0] < first[2] else "rgb255"
+
+
+def _convert(ours: dict[str, Tensor], convention: str, model: SSD, where: str) -> None:
+    """Make the first convolution of ``ours`` take the model's input: its order, scale and mean."""
+    weight, bias = (ours.get(f"backbone.features.0.{name}") for name in ("weight", "bias"))
+    if bias is None:
+        raise ValueError(f"{where}: convention={convention!r} is for a VGG16")
+    order, mean, std = CONVENTIONS[convention]
+    mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    weight = weight.double().flip(1) if order == "BGR" else weight.double()
+    per_colour = weight / std.view(3, 1, 1)
+    model_mean, model_std = (t.double().cpu() for t in (model.mean, model.std))
+    ours["backbone.features.0.weight"] = per_colour * model_std
+    ours["backbone.features.0.bias"] = bias.double() + (per_colour * (model_mean - mean.view(3, 1, 1))).sum((1, 2, 3))
+
+
+def _warn_of_priors(layout: _Layout, model: SSD) -> None:
+    released = SSD300_VOC_RELEASED.scales
+    if layout.name == "amdegroot detector" and model.num_classes == 21 and tuple(model.priors.scales) != released:
+        warnings.warn(
+            f"amdegroot's VOC weights were trained with priors of scales {released} (SSD300_VOC_RELEASED), "
+            f"the model has {tuple(model.priors.scales)}",
+            stacklevel=3,
+        )
