@@ -15,6 +15,7 @@ from ssd_ext.models.mobilenet import ssdlite320_mobilenet_v2
 from ssd_ext.models.ssd import SSD
 from ssd_ext.models.vgg import ssd300_vgg16, ssd512_vgg16
 from ssd_ext.models.weights import LoadReport, load_weights
+from ssd_ext.priors import PriorSpec
 
 MODELS: dict[str, Callable[..., SSD]] = {
     builder.__name__: builder for builder in (ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2)
@@ -25,9 +26,13 @@ __all__ = ["MODELS", "SSD", "LoadReport", "create", "load_weights", *sorted(MODE
 def create(name: str, **kwargs) -> SSD:
     """The model of that name, one of ``MODELS``; keywords go to its builder.
 
+    ``create(**model.architecture)`` builds a model again, with new weights.
+
     Raises:
         ValueError: no such model; as the builder.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if isinstance(kwargs.get("priors"), dict):
+        kwargs["priors"] = PriorSpec(**kwargs["priors"])
     return MODELS[name](**kwargs)

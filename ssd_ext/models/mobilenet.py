@@ -104,6 +104,6 @@ def ssdlite320_mobilenet_v2(
     Source: Sandler et al., MobileNetV2 (2018), section 6.2; torchvision's ``ssdlite320_mobilenet_v3_large``.
     """
     backbone = MobileNetV2()
-    settings = {"head": separable_head, **settings}
+    settings = {"head": separable_head, "name": "ssdlite320_mobilenet_v2", **settings}
     model = SSD(backbone, backbone.channels, priors, num_classes, image_size=image_size, **settings)
     return load_into(model, weights, backbone_weights)

@@ -1,7 +1,7 @@
 """SSD around any backbone: heads, loss from images and targets, detections from images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class SSD(nn.Module):
         iou_threshold: of NMS.
         topk_per_class: candidates of each class.
         max_detections: of an image.
+        name: of the builder, one of ``ssd_ext.models.MODELS``; None for a detector of your own.
 
     Attributes:
         priors: the spec with this model's ``image_size`` and ``feature_sizes``.
@@ -84,9 +85,11 @@ class SSD(nn.Module):
         iou_threshold: float = 0.45,
         topk_per_class: int = 400,
         max_detections: int = 200,
+        name: str | None = None,
     ):
         """See the class for the arguments."""
         super().__init__()
+        self.name = name
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background and must be 2 or more, got {num_classes}")
         self.image_size = tuple(image_size or priors.image_size)
@@ -114,6 +117,16 @@ class SSD(nn.Module):
         self.register_buffer("prior_boxes", self.priors.boxes(), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def architecture(self) -> dict:
+        """What :func:`ssd_ext.models.create` takes to build this detector again, in plain values."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "image_size": self.image_size,
+            "priors": asdict(self.priors),
+        }
 
     def transform(self, images: Images) -> Tensor:
         """``[B, 3, H, W]``, what :meth:`heads` takes: images normalised, then resized to ``image_size``.

@@ -105,6 +105,7 @@ def ssd300_vgg16(
 
     Source: Liu et al., SSD (2016), section 3.
     """
+    settings["name"] = "ssd300_vgg16"
     return _ssd_vgg16(VGG16(SSD300_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
 
 
@@ -132,6 +133,7 @@ def ssd512_vgg16(
 
     Source: Liu et al., SSD (2016), section 3.3, footnote 5.
     """
+    settings["name"] = "ssd512_vgg16"
     return _ssd_vgg16(VGG16(SSD512_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
 
 
