@@ -94,9 +94,6 @@ Loss check_conf(const char* op, const Tensor& logits, const Tensor& labels) {
               ("[B, P], here [" + std::to_string(batch) + ", " + std::to_string(priors) + "]").c_str());
   constexpr int64_t most = 0x7fffffff;
   if (classes >= most) raise(op, ": logits must have fewer than ", most, " classes, got ", shape_of(logits));
-  if (is_cuda(logits) && priors > mining::kMostPriorsCuda) {
-    raise(op, ": logits must have at most ", mining::kMostPriorsCuda, " priors on CUDA, got ", shape_of(logits));
-  }
   return {{batch, priors, 0, 0}, classes, 0, 0, false};
 }
 
@@ -126,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   Loss loss = check_conf(op, logits, labels);
   const int64_t batch = loss.mining.batch, n = loss.mining.num_priors;
   check_loc(op, deltas, targets, {"logits", logits}, batch, n);
-  check_mining(op, ratio, min_negatives);
+  check_mining(op, {"logits", logits}, ratio, min_negatives);
   if (!std::isfinite(alpha)) raise(op, ": alpha must be finite, got ", alpha);
   if (!(beta >= 0 && std::isfinite(beta))) raise(op, ": beta must be a finite number >= 0, got ", beta);
   loss.mining.ratio = ratio;
