@@ -1,7 +1,8 @@
 """Fast, exact CPU and CUDA ops for SSD and other object detectors in PyTorch.
 
 ``ssd_ext.ops`` holds the ops, ``ssd_ext.reference`` the same in plain PyTorch, ``ssd_ext.priors``
-the default boxes; ``ssd_ext.MultiBoxLoss`` is the training loss from raw ground truth.
+the default boxes; ``ssd_ext.MultiBoxLoss`` is the training loss from raw ground truth, ``ssd_ext.unpad`` makes
+a list of padded detections.
 ``python -m ssd_ext.env`` prints how this installation was built.
 """
 
@@ -26,4 +27,13 @@ from ssd_ext.loss import MultiBoxLoss  # noqa: E402
 from ssd_ext.ops.detect import unpad  # noqa: E402
 
 __version__ = _version("ssd_ext")
-__all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference", "unpad"]
+__all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference", "release_memory", "unpad"]
+
+
+def release_memory() -> int:
+    """Give the system what is kept of CPU memory, and tell how many bytes that was.
+
+    On Linux, a gradient of 8 MB or more by :func:`ssd_ext.ops.multibox_loss` lies in huge pages, and the last one
+    that was freed is kept for the next: touching 90 MB anew in each step would take longer than the whole loss.
+    """
+    return _C.release_memory()

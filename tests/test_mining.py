@@ -90,7 +90,7 @@ def test_every_bit_of_the_key_decides(n, share, device, generator):
 
 
 @pytest.mark.slow  # for the emulator: a thousand threads for each of a million images
-def test_more_images_than_the_grid_has_blocks(device):
+def test_a_million_images(device):
     labels = torch.tensor([[1, 0, 0], [0, 0, 0]], device=device).repeat(550_000, 1)
     mask = ops.hard_negatives(torch.zeros(labels.shape, device=device), labels, ratio=1.0)
     assert torch.equal(mask, torch.tensor([[False, True, False], [False] * 3], device=device).repeat(550_000, 1))
@@ -117,5 +117,5 @@ def test_the_loss_may_require_grad(device):
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a CUDA build")
 def test_more_priors_than_the_kernel_counts_are_refused():
     loss, labels = torch.zeros(1, 1, device="cuda"), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
-    with pytest.raises(ValueError, match=r"at most 4294967295 priors on CUDA, got \[1, 4294967296\]"):
+    with pytest.raises(ValueError, match=r"4294967295 priors on CUDA, got \[1, 4294967296\]"):
         ops.hard_negatives(loss.expand(1, 2**32), labels.expand(1, 2**32))

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import assert_same_bits
 
+import ssd_ext
 from benchmarks.cases.inputs import ssd300_priors, synthetic_gts
 from benchmarks.cases.multibox_loss import MULTIBOX_LOSS
 from benchmarks.cases.spec import FLOATS, close, convert
-from ssd_ext import MultiBoxLoss, ops, reference
+from ssd_ext import _C, MultiBoxLoss, ops, reference
 
 CASES = [pytest.param(case, id=case.name) for case in MULTIBOX_LOSS.cases if not case.benchmark]
 
@@ -287,3 +288,43 @@ def test_module_validates_labels():
     gts = [torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([3])]
     with pytest.raises(ValueError, match=r"label must be in 1\.\.2"):
         MultiBoxLoss(torch.tensor([[0.3, 0.3, 0.4, 0.4]]), validate=True)(*heads, *gts)
+
+
+def large_gradient(classes=81):
+    inputs = MULTIBOX_LOSS.scaling(4)
+    inputs["logits"] = inputs["logits"][..., :classes].contiguous()
+    inputs["labels"].clamp_(max=classes - 1)
+    return gradients(ops.multibox_loss, **inputs)[1]
+
+
+def test_memory_of_a_large_gradient_is_kept_for_the_next_one():
+    _C.release_memory()
+    first = large_gradient()
+    expected, address = first.clone(), first.data_ptr()
+    assert _C.kept_memory() == 0
+    second = large_gradient()  # while the first is in use
+    assert second.data_ptr() != address
+    assert torch.equal(second, expected)
+    first.fill_(math.nan)
+    del first
+    assert _C.kept_memory() >= expected.nbytes
+    third = large_gradient()
+    assert third.data_ptr() == address
+    assert torch.equal(third, expected)
+    del second, third
+    assert expected.nbytes <= _C.kept_memory() < 2 * expected.nbytes  # one of the two
+    small = large_gradient(classes=33)
+    assert _C.kept_memory() > 0, "a block of more than twice the size is left to those who need it"
+    del small
+    assert ssd_ext.release_memory() > 0
+    assert _C.kept_memory() == 0
+    assert ssd_ext.release_memory() == 0
+
+
+def test_a_large_gradient_has_the_layout_of_its_logits():
+    inputs = MULTIBOX_LOSS.scaling(4)
+    for logits in (inputs["logits"].transpose(1, 2).contiguous().transpose(1, 2), inputs["logits"][:, :, ::2]):
+        case = {**inputs, "logits": logits, "labels": inputs["labels"].clamp(max=logits.shape[2] - 1)}
+        found = gradients(ops.multibox_loss, **case)[1]
+        assert found.stride() == torch.empty_like(logits).stride()
+        assert torch.equal(found, gradients(ops.multibox_loss, **{**case, "logits": logits.contiguous()})[1])

@@ -20,10 +20,7 @@ Mining check_call(const char* op, const Arg& loss, const Arg& labels, double rat
   const int64_t batch = loss.tensor.size(0), num_priors = loss.tensor.size(1);
   check_long(op, labels, loss);
   check_shape(op, labels, {batch, num_priors}, ("of the shape of loss, " + shape_of(loss.tensor)).c_str());
-  check_mining(op, ratio, min_negatives);
-  if (is_cuda(loss.tensor) && num_priors > kMostPriorsCuda) {
-    raise(op, ": loss must have at most ", kMostPriorsCuda, " priors on CUDA, got ", shape_of(loss.tensor));
-  }
+  check_mining(op, loss, ratio, min_negatives);
   return {batch, num_priors, ratio, min_negatives};
 }
 

@@ -38,24 +38,22 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
   gpu::Selection<Key>& shared = *smem.take<gpu::Selection<Key>>(1);
   Key* const cache = smem.take<Key>(kCached ? n : 0);
 
-  for (int64_t image = blockIdx.x; image < mining.batch; image += gridDim.x) {
-    const Row<T, kCached> row{loss + image * n, labels + image * n, cache, n};
-    bool* const marked = mask + image * n;
+  const int64_t image = blockIdx.x;
+  const Row<T, kCached> row{loss + image * n, labels + image * n, cache, n};
+  bool* const marked = mask + image * n;
 
-    int64_t positives = 0, negatives = 0;
-    for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) {
-      const int64_t label = row.labels[i];
-      positives += label > 0;
-      negatives += label == 0;
-      if constexpr (kCached) cache[i] = row.made(i, label);
-    }
-    positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
-    negatives = gpu::block_sum(negatives, shared.negatives);
-    const int64_t k = negatives_to_mark(positives, negatives, mining);
-    const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
-    gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) { marked[i] = largest; });
-    __syncthreads();  // everybody is done with what is shared about this image
+  int64_t positives = 0, negatives = 0;
+  for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) {
+    const int64_t label = row.labels[i];
+    positives += label > 0;
+    negatives += label == 0;
+    if constexpr (kCached) cache[i] = row.made(i, label);
   }
+  positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
+  negatives = gpu::block_sum(negatives, shared.negatives);
+  const int64_t k = negatives_to_mark(positives, negatives, mining);
+  const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
+  gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) { marked[i] = largest; });
 }
 
 }  // namespace
@@ -67,10 +65,9 @@ void hard_negatives_cuda(DType dtype, const void* loss, const int64_t* labels, b
     using Key = RadixKey<T>;
     const size_t n = size_t(mining.num_priors), bare = gpu::Smem::end_of<gpu::Selection<Key>>(0, 1);
     const bool cached = n <= gpu::kMostCachedKeys / sizeof(Key);
-    gpu::launch(cached ? hard_negatives_kernel<T, true> : hard_negatives_kernel<T, false>,
-                dim3(gpu::blocks_for(mining.batch, 1)), dim3(gpu::kSelectThreads),
-                cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, static_cast<const T*>(loss), labels, mask,
-                mining);
+    gpu::launch(cached ? hard_negatives_kernel<T, true> : hard_negatives_kernel<T, false>, dim3(unsigned(mining.batch)),
+                dim3(gpu::kSelectThreads), cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream,
+                static_cast<const T*>(loss), labels, mask, mining);
   });
 }
 

@@ -25,8 +25,6 @@ SSD_EXT_HD int64_t negatives_to_mark(int64_t positives, int64_t negatives, const
   return by_ratio > least ? by_ratio : least;
 }
 
-constexpr int64_t kMostPriorsCuda = 0xffffffff;  // its kernel counts in 32 bits
-
 void hard_negatives_cuda(DType dtype, const void* loss,  // [batch, num_priors]
                          const int64_t* labels,          // [batch, num_priors]
                          bool* mask,                     // [batch, num_priors]

@@ -5,10 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <cstring>
 
+#include "common/page_pool.h"
 #include "common/tensor.h"
 
 namespace ssd_ext {
@@ -58,7 +57,6 @@ namespace {
 constexpr int64_t kGrain = 256;           // rows worth a thread
 constexpr int64_t kGrainBytes = 1 << 18;  // of zeros
 constexpr int64_t kMostLanes = 16;        // of a vector of keys, at any SIMD level
-constexpr int64_t kHugePages = 8 << 20;   // bytes of a gradient from where huge pages pay
 
 template <class F>
 void dispatch_stored(const Tensor& t, F&& f) {
@@ -94,9 +92,6 @@ Loss check_conf(const char* op, const Tensor& logits, const Tensor& labels) {
               ("[B, P], here [" + std::to_string(batch) + ", " + std::to_string(priors) + "]").c_str());
   constexpr int64_t most = 0x7fffffff;
   if (classes >= most) raise(op, ": logits must have fewer than ", most, " classes, got ", shape_of(logits));
-  if (is_cuda(logits) && priors > mining::kMostPriorsCuda) {
-    raise(op, ": logits must have at most ", mining::kMostPriorsCuda, " priors on CUDA, got ", shape_of(logits));
-  }
   return {{batch, priors, 0, 0}, classes, 0, 0, false};
 }
 
@@ -126,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   Loss loss = check_conf(op, logits, labels);
   const int64_t batch = loss.mining.batch, n = loss.mining.num_priors;
   check_loc(op, deltas, targets, {"logits", logits}, batch, n);
-  check_mining(op, ratio, min_negatives);
+  check_mining(op, {"logits", logits}, ratio, min_negatives);
   if (!std::isfinite(alpha)) raise(op, ": alpha must be finite, got ", alpha);
   if (!(beta >= 0 && std::isfinite(beta))) raise(op, ": beta must be a finite number >= 0, got ", beta);
   loss.mining.ratio = ratio;
@@ -193,24 +188,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   return {loc, conf, ranks, divisors};
 }
 
-// Asks for huge pages under a large fresh tensor. glibc maps memory of this size anew each time, and its first
-// touches would take longer than all the rest: those of 90 MB 47 ms of one EPYC core in pages of 4 KB, 9 ms in
-// huge ones, where the whole backward takes 5 in memory touched before. The call itself takes microseconds.
-void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Dense, in the layout of `like`, on the CPU.
 Tensor zeros_like(const Tensor& like) {
   Tensor gradient = new_output_like(like);
-  char* p = static_cast<char*>(gradient.mutable_data_ptr());
   const int64_t bytes = gradient.numel() * gradient.element_size();
-  if (bytes >= kHugePages) advise_huge_pages(p, bytes);
+  if (void* data = size_t(bytes) >= page_pool::kLeastBytes ? page_pool::take(bytes) : nullptr) {
+    // What torch has allocated was never touched: it only tells the layout.
+    gradient = torch::stable::from_blob(data, gradient.sizes(), gradient.strides(), gradient.device(),
+                                        gradient.scalar_type(), &page_pool::give_back);
+  }
+  char* p = static_cast<char*>(gradient.mutable_data_ptr());
   parallel_for(bytes, kGrainBytes, [&](int64_t begin, int64_t end) { memset(p + begin, 0, end - begin); });
   return gradient;
 }

@@ -160,26 +160,24 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1) mine_kernel(IntOf<C>* 
   gpu::Selection<Key>& shared = *smem.take<gpu::Selection<Key>>(1);
   Key* const cache = smem.take<Key>(kCached ? n : 0);
 
-  for (int64_t image = blockIdx.x; image < mining.batch; image += gridDim.x) {
-    IntOf<C>* const rank = ranks + image * n;
-    const int64_t* const label = labels + image * n;
-    const KeyRow<C, kCached> row{rank, label, cache};
+  const int64_t image = blockIdx.x;
+  IntOf<C>* const rank = ranks + image * n;
+  const int64_t* const label = labels + image * n;
+  const KeyRow<C, kCached> row{rank, label, cache};
 
-    int64_t positives = 0, negatives = 0;
-    for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) {
-      positives += label[i] > 0;
-      negatives += label[i] == 0;
-      if constexpr (kCached) cache[i] = row.made(i, label[i]);
-    }
-    positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
-    negatives = gpu::block_sum(negatives, shared.negatives);
-    const int64_t k = negatives_to_mark(positives, negatives, mining);
-    const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
-    gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) {
-      if (!largest && label[i] <= 0) rank[i] = kAbsent<C>;
-    });
-    __syncthreads();  // everybody is done with what is shared about this image
+  int64_t positives = 0, negatives = 0;
+  for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) {
+    positives += label[i] > 0;
+    negatives += label[i] == 0;
+    if constexpr (kCached) cache[i] = row.made(i, label[i]);
   }
+  positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
+  negatives = gpu::block_sum(negatives, shared.negatives);
+  const int64_t k = negatives_to_mark(positives, negatives, mining);
+  const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
+  gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) {
+    if (!largest && label[i] <= 0) rank[i] = kAbsent<C>;
+  });
 }
 
 template <class C>
@@ -190,25 +188,23 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1) sum_kernel(const IntOf
   __shared__ int64_t counts[gpu::kSelectWarps];
   __shared__ double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];
   const int64_t n = loss.mining.num_priors;
-  for (int64_t image = blockIdx.x; image < loss.mining.batch; image += gridDim.x) {
-    int64_t positives = 0;
-    double loc = 0, conf = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kSums) {
-      const IntOf<C> rank = ranks[image * n + i];
-      if (rank == kAbsent<C>) continue;
-      conf += loss_of_rank<C>(rank);
-      if (labels[image * n + i] <= 0) continue;
-      ++positives;
-      double term = 0;
-      for (int d = 0; d < 4; ++d) term += smooth_l1(delta_error(deltas, targets, image, i, d), loss.beta);
-      loc += term;
-    }
-    positives = gpu::block_sum(positives, counts);
-    loc = gpu::block_sum(loc, locs);
-    conf = gpu::block_sum(conf, confs);
-    if (threadIdx.x == 0) sums[image] = {positives, loc, conf};
-    __syncthreads();  // everybody is done with what is shared about this image
+  const int64_t image = blockIdx.x;
+  int64_t positives = 0;
+  double loc = 0, conf = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kSums) {
+    const IntOf<C> rank = ranks[image * n + i];
+    if (rank == kAbsent<C>) continue;
+    conf += loss_of_rank<C>(rank);
+    if (labels[image * n + i] <= 0) continue;
+    ++positives;
+    double term = 0;
+    for (int d = 0; d < 4; ++d) term += smooth_l1(delta_error(deltas, targets, image, i, d), loss.beta);
+    loc += term;
   }
+  positives = gpu::block_sum(positives, counts);
+  loc = gpu::block_sum(loc, locs);
+  conf = gpu::block_sum(conf, confs);
+  if (threadIdx.x == 0) sums[image] = {positives, loc, conf};
 }
 
 // ---- all images ----------------------------------------------------------------------------------
@@ -329,7 +325,7 @@ void settle_images(const Rows& deltas, const Rows& targets, const int64_t* label
   using Key = typename KeyRow<C, true>::Key;
   const size_t n = size_t(loss.mining.num_priors), bare = gpu::Smem::end_of<gpu::Selection<Key>>(0, 1);
   const bool cached = n <= gpu::kMostCachedKeys / sizeof(Key);
-  const dim3 grid(gpu::blocks_for(loss.mining.batch, 1)), block(gpu::kSelectThreads);
+  const dim3 grid(unsigned(loss.mining.batch)), block(gpu::kSelectThreads);
   gpu::launch(cached ? mine_kernel<C, true> : mine_kernel<C, false>, grid, block,
               cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, static_cast<IntOf<C>*>(ranks), labels,
               loss.mining);

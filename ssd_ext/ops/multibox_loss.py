@@ -57,7 +57,8 @@ def multibox_loss(
     its image has no ``k``. Likewise NaN offsets of a positive show in ``loc``. A label that is no class is an
     error on the CPU; on a GPU, which is not waited for, it makes ``conf`` and its prior's gradient NaN.
 
-    Differentiable in ``deltas`` and ``logits``, once, in reverse mode.
+    Differentiable in ``deltas`` and ``logits``, once, in reverse mode. On the CPU the memory of a large gradient is
+    kept for the next one: see :func:`ssd_ext.release_memory`.
 
     Raises:
         ValueError: wrong shape, dtype or device; a ratio or ``beta`` that is negative or not finite, an
