@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ssd_ext import checkpoint
-from ssd_ext.data import augmentation, collate, training_target
+from ssd_ext.data import augmentation, collate
 from ssd_ext.evaluation import average_precision
 from ssd_ext.inference import draw, gathered_detections
 from ssd_ext.models import SSD
@@ -147,12 +147,12 @@ class Augmented(Dataset):
         self.dataset, self.transform = dataset, transform
 
     def __getitem__(self, at: tuple[int, int]):
-        """The image, and what of its target training may see."""
+        """The image and target, augmented."""
         index, seed = at
         image, target = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.transform(image, training_target(target))
+            return self.transform(image, target)
 
 
 # ---- state ---------------------------------------------------------------------------------------
