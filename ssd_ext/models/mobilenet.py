@@ -27,7 +27,7 @@ class MobileNetV2(nn.Module):
         """Kaiming's weights in MobileNetV2, as torchvision's; normal ones in the extra levels."""
         super().__init__()
         # eps stays that of the ImageNet weights: with 0.001, as in torchvision's SSDLite on MobileNetV3, they
-        # compute something else (many of their variances are below 0.001).
+        # compute something else (a third of their variances are below 0.001).
         self.features = mobilenet_v2(norm_layer=partial(nn.BatchNorm2d, momentum=0.03)).features
         self.channels = [self.features[EXPANSION].conv[0].out_channels, self.features[-1].out_channels, *EXTRAS]
         self.extras = nn.ModuleList(_extra(*pair) for pair in zip(self.channels[1:], EXTRAS, strict=False))

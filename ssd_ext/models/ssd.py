@@ -95,11 +95,14 @@ class SSD(nn.Module):
         self.image_size = tuple(image_size or priors.image_size)
         self.num_classes = num_classes
         shapes = _map_shapes(backbone, self.image_size)
-        if [c for c, *_ in shapes] != list(channels):
+        found, sizes = [c for c, _, _ in shapes], tuple((rows, columns) for _, rows, columns in shapes)
+        if found != list(channels):
+            raise ValueError(f"channels must be those of the backbone's maps, {found}, got {list(channels)}")
+        if len(sizes) != len(priors.feature_sizes):
             raise ValueError(
-                f"channels must be those of the backbone's maps, {[c for c, *_ in shapes]}, got {channels}"
+                f"priors are for {len(priors.feature_sizes)} levels, the backbone has {len(sizes)}: {sizes}"
             )
-        self.priors = replace(priors, image_size=self.image_size, feature_sizes=_fit(priors, shapes))
+        self.priors = replace(priors, image_size=self.image_size, feature_sizes=sizes)
 
         self.backbone = backbone
         levels = list(zip(channels, priors.per_cell(), strict=True))
@@ -218,12 +221,13 @@ class SSD(nn.Module):
         if targets is None:
             return unpad(*self.predict(batch, sizes))
         deltas, logits = self.heads(batch)
-        return self._losses(deltas, logits, targets, _extent(sizes))
+        return self._losses(deltas, logits, targets, _extent(sizes).to(self.prior_boxes))
 
     def _losses(self, deltas: Tensor, logits: Tensor, targets: Targets, extents: Tensor) -> dict[str, Tensor]:
         self.priors.check(deltas.shape[1])
-        boxes = [t["boxes"].to(self.prior_boxes.dtype) / e for t, e in zip(targets, extents, strict=True)]
-        loc, conf = self.loss(deltas, logits, boxes, [t["labels"] for t in targets], self.prior_boxes)
+        boxes = [_boxes(target["boxes"], i).to(extents) for i, target in enumerate(targets)]
+        relative = [of_image / extent for of_image, extent in zip(boxes, extents, strict=True)]
+        loc, conf = self.loss(deltas, logits, relative, [target["labels"] for target in targets], self.prior_boxes)
         return {"bbox_regression": loc, "classification": conf}
 
     def extra_repr(self) -> str:
@@ -245,6 +249,13 @@ def _rows(heads: nn.ModuleList, maps: Sequence[Tensor], columns: int) -> Tensor:
 def _extent(sizes: Tensor) -> Tensor:
     """``(w, h, w, h)`` of ``(h, w)``: what relative corners are multiplied by."""
     return sizes.flip(-1).repeat(1, 2)
+
+
+def _boxes(boxes: Tensor, image: int) -> Tensor:
+    boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes of targets[{image}] must be [G, 4], got {list(boxes.shape)}")
+    return boxes
 
 
 def _check_image(image: Tensor, name: str, dims: int) -> None:

@@ -32,39 +32,11 @@ class VGG16(nn.Module):
     def __init__(self, extras: tuple[tuple[int, int, int, int, int], ...] = SSD300_EXTRAS):
         """See the class for the arguments."""
         super().__init__()
-        layers, channels = [], 3
-        for stage in STAGES:
-            for width in stage:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-                channels = width
-            # pool3 rounds up: 75 cells of SSD300 make 38
-            layers.append(nn.MaxPool2d(2, 2, ceil_mode=width == 256))
-        layers[-1] = nn.MaxPool2d(3, 1, padding=1)
-        for conv in layers:
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(conv.bias)
-        atrous = nn.Sequential(nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.Conv2d(1024, 1024, 1))
-        xavier_(atrous)
-        for conv in atrous:
-            layers += [conv, nn.ReLU(inplace=True)]
-        self.features = nn.Sequential(*layers)
+        self.features = _features()
         self.scale = nn.Parameter(torch.full((512,), 20.0))
-
-        self.extras = nn.ModuleList()
-        channels = 1024
-        for bottleneck, width, kernel, stride, padding in extras:
-            self.extras.append(
-                nn.Sequential(
-                    nn.Conv2d(channels, bottleneck, 1),
-                    nn.ReLU(inplace=True),
-                    nn.Conv2d(bottleneck, width, kernel, stride, padding),
-                    nn.ReLU(inplace=True),
-                )
-            )
-            channels = width
-        xavier_(self.extras)
         self.channels = [512, 1024, *(width for _, width, *_ in extras)]
+        self.extras = nn.ModuleList(_level(*pair) for pair in zip(self.channels[1:], extras, strict=False))
+        xavier_(self.extras)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """conv4_3 (normalised over channels, then scaled), conv7 and the extra levels."""
@@ -78,6 +50,38 @@ class VGG16(nn.Module):
             x = block(x)
             maps.append(x)
         return maps
+
+
+def _features() -> nn.Sequential:
+    """conv1_1 to conv7."""
+    layers, channels = [], 3
+    for stage in STAGES:
+        for width in stage:
+            layers += [_kaiming(nn.Conv2d(channels, width, 3, padding=1)), nn.ReLU(inplace=True)]
+            channels = width
+        # pool3 rounds up, so that 75 cells of SSD300 make 38
+        layers.append(nn.MaxPool2d(2, 2, ceil_mode=width == 256))
+    pool5 = nn.MaxPool2d(3, 1, padding=1)
+    conv6, conv7 = nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.Conv2d(1024, 1024, 1)
+    xavier_(conv6)
+    xavier_(conv7)
+    return nn.Sequential(*layers[:-1], pool5, conv6, nn.ReLU(inplace=True), conv7, nn.ReLU(inplace=True))
+
+
+def _kaiming(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _level(channels: int, extra: tuple[int, int, int, int, int]) -> nn.Sequential:
+    bottleneck, width, kernel, stride, padding = extra
+    return nn.Sequential(
+        nn.Conv2d(channels, bottleneck, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(bottleneck, width, kernel, stride, padding),
+        nn.ReLU(inplace=True),
+    )
 
 
 def ssd300_vgg16(

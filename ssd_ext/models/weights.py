@@ -200,7 +200,8 @@ def _read(source: Source) -> object:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: corrupt, or holds more than tensors (it is read with weights_only=True)") from error
     except Exception as error:  # what the readers raise for a broken file is not documented
-        raise ValueError(f"{path}: corrupt: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: corrupt: {reason}") from error
 
 
 def _tensors(loaded: object, where: str) -> dict[str, Tensor]:

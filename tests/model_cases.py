@@ -1,0 +1,83 @@
+"""What the tests of models share: pictures, a small detector, a comparison of detections."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ssd_ext.models import SSD
+from ssd_ext.priors import PriorSpec
+
+SIZES = ((240, 320), (300, 300), (411, 289))
+
+
+def pictures(sizes=SIZES, seed=0):
+    """One picture of each size, smooth with some edges: RGB in 0..1."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for h, w in sizes:
+        image = F.interpolate(torch.rand(1, 3, 9, 9, generator=g), (h, w), mode="bicubic")[0].clamp(0, 1)
+        image[:, h // 4 : h // 2, w // 5 : w // 2] = torch.rand(3, 1, 1, generator=g)
+        out.append(image)
+    return out
+
+
+def targets(sizes=SIZES, num_classes=5, seed=0):
+    """Ground truths of each picture, small to large, so that every level of a detector has some."""
+    g = torch.Generator().manual_seed(seed)
+    extent = torch.tensor([0.06, 0.08, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9])[:, None]
+    out = []
+    for h, w in sizes:
+        corner = torch.rand(len(extent), 2, generator=g) * (1 - extent)
+        labels = torch.randint(1, num_classes, (len(extent),), generator=g)
+        out.append({"boxes": torch.cat([corner, corner + extent], 1) * torch.tensor([w, h, w, h]), "labels": labels})
+    return out
+
+
+NO_OBJECT = {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)}
+
+
+class TwoLevels(nn.Module):
+    """Maps of 8 and 12 channels at strides 4 and 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.second = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        first = F.relu(self.first(x))
+        return [first, F.relu(self.second(first))]
+
+
+PRIORS = PriorSpec((32, 32), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2, 3)))
+
+
+def small(seed=0, **settings):
+    torch.manual_seed(seed)
+    arguments = {"backbone": TwoLevels(), "channels": [8, 12], "priors": PRIORS, "num_classes": 4}
+    return SSD(**{**arguments, **settings})
+
+
+def spread(model, factor=8.0):
+    """Widen the scores of an untrained model, so that a few stand out and none lies at a threshold."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "class" in name:
+                parameter.mul_(factor)
+    return model
+
+
+def assert_same_detections(found, expected, share=0.99):
+    """Of each image, detections agree in label, score and box (to 0.01 px), but for a ``share``.
+
+    The rest is left to NMS, where the last bit of a score or an IoU decides between neighbours.
+    """
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(theirs["scores"]) > 20, "too few detections to compare"
+        for a, b in ((ours, theirs), (theirs, ours)):
+            same = (
+                (a["labels"][:, None] == b["labels"])
+                & ((a["scores"][:, None] - b["scores"]).abs() < 1e-5)
+                & ((a["boxes"][:, None] - b["boxes"]).abs().amax(2) < 1e-2)
+            )
+            assert same.any(1).float().mean() >= share

@@ -1,0 +1,311 @@
+"""The models: as torchvision's with the same weights, any backbone and size, compiled, cast, on hostile input."""
+
+import pytest
+import torch
+
+torchvision = pytest.importorskip("torchvision")
+
+from model_cases import (  # noqa: E402
+    NO_OBJECT,
+    PRIORS,
+    SIZES,
+    TwoLevels,
+    assert_same_detections,
+    pictures,
+    small,
+    spread,
+    targets,
+)
+from torchvision.models import detection  # noqa: E402
+from torchvision.models.detection.transform import GeneralizedRCNNTransform  # noqa: E402
+
+from ssd_ext import MultiBoxLoss, ops  # noqa: E402
+from ssd_ext.models import MODELS, create, ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
+from ssd_ext.models.weights import _LAYOUTS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """torchvision's ssd300_vgg16 with weights of its own, and ours with those."""
+    torch.manual_seed(0)
+    theirs = detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=5)
+    ours = ssd300_vgg16(num_classes=5, weights=theirs.state_dict(), loss=MultiBoxLoss(force="last"))
+    return ours, theirs
+
+
+@torch.no_grad()
+def test_detections_of_torchvision(pair):
+    ours, theirs = (model.eval() for model in pair)
+    images = pictures(SIZES[1:])
+    assert_same_detections(ours(images), theirs(images))
+
+
+def test_loss_and_gradient_of_torchvision(pair):
+    losses, gradients = [], []
+    layout = next(layout for layout in _LAYOUTS if layout.name == "torchvision detector")
+    for model in pair:
+        model.train().zero_grad()
+        loss = model(pictures(SIZES[:1]), targets(SIZES[:1]))
+        sum(loss.values()).backward()
+        losses.append(loss)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    ours, theirs = losses
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=0)
+    assert len(gradients[0]) == len(gradients[1])
+    for name, expected in gradients[1].items():
+        assert expected.norm() > 0, name
+        assert (gradients[0][layout.rename(name)] - expected).norm() < 1e-4 * expected.norm(), name
+
+
+@pytest.mark.parametrize("size", [(300, 300), (200, 340)])
+def test_transform_of_torchvision(size):
+    model = ssdlite320_mobilenet_v2(num_classes=2, image_size=size)
+    # torchvision's fixed_size is (width, height)
+    theirs = GeneralizedRCNNTransform(
+        0, 0, model.mean.flatten().tolist(), model.std.flatten().tolist(), size_divisible=1, fixed_size=size[::-1]
+    )
+    assert torch.equal(model.transform(pictures()), theirs.eval()(pictures())[0].tensors)
+    batch = torch.stack(pictures(((90, 80),) * 2))
+    assert torch.equal(model.transform(batch), model.transform(list(batch)))
+
+
+@pytest.mark.parametrize(
+    ("name", "priors", "sizes"),
+    [
+        ("ssd300_vgg16", 8732, [38, 19, 10, 5, 3, 1]),
+        ("ssd512_vgg16", 24564, [64, 32, 16, 8, 4, 2, 1]),
+        ("ssdlite320_mobilenet_v2", 3234, [20, 10, 5, 3, 2, 1]),
+    ],
+)
+@torch.no_grad()
+def test_shapes(name, priors, sizes):
+    model = create(name, num_classes=3).eval()
+    assert model.priors.feature_sizes == tuple((n, n) for n in sizes)
+    deltas, logits = model.heads(torch.zeros(1, 3, *model.image_size))
+    assert (deltas.shape, logits.shape) == ((1, priors, 4), (1, priors, 3))
+    assert model.prior_boxes.shape == (priors, 4)
+    assert set(MODELS) == {"ssd300_vgg16", "ssd512_vgg16", "ssdlite320_mobilenet_v2"}
+
+
+def test_priors_of_torchvisions_ssdlite():
+    anchors = detection.anchor_utils.DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
+    model = ssdlite320_mobilenet_v2(num_classes=2)
+    sizes = [list(size) for size in model.priors.feature_sizes]
+    torch.testing.assert_close(model.prior_boxes, anchors._grid_default_boxes(sizes, [320, 320]))
+
+
+def test_heads_are_ordered_as_the_priors():
+    model = small().eval()
+    x = torch.rand(2, 3, 32, 32)
+    deltas, logits = model.heads(x)
+    row = 0
+    for features, box, label, cell in zip(
+        model.backbone(x), model.box_heads, model.class_heads, PRIORS.per_cell(), strict=True
+    ):
+        boxes, labels = box(features), label(features)
+        for y in range(features.shape[2]):
+            for x_ in range(features.shape[3]):
+                for a in range(cell):
+                    torch.testing.assert_close(deltas[:, row], boxes[:, 4 * a : 4 * a + 4, y, x_])
+                    torch.testing.assert_close(logits[:, row], labels[:, 4 * a : 4 * a + 4, y, x_])
+                    row += 1
+    assert row == len(model.prior_boxes)
+
+
+def test_heads_copy_once():
+    maps = [head(x) for head, x in zip(small().class_heads, TwoLevels()(torch.rand(2, 3, 32, 32)), strict=True)]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+
+
+@torch.no_grad()
+def test_detections_are_in_pixels_of_each_image():
+    """A prediction of no offset is its prior, wherever the image's pixels put it."""
+    model = small(score_threshold=0.5).eval()
+    for head in (*model.box_heads, *model.class_heads):
+        head.weight.zero_()
+    model.class_heads[1].bias.view(-1, 4)[3, 2] = 20  # the fourth shape of each cell is of class 2
+    images = pictures(((60, 90), (31, 32)))
+    cx, cy, w, h = model.prior_boxes[8 * 8 * 4 :].view(-1, 6, 4)[:, 3].T
+    expected = torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1).clamp(0, 1)
+    for image, found in zip(images, model(images), strict=True):
+        height, width = image.shape[1:]
+        assert len(found["boxes"]) and (found["labels"] == 2).all()
+        distance = torch.cdist(found["boxes"], expected * torch.tensor([width, height, width, height]), p=torch.inf)
+        assert distance.amin(1).max() < 1e-3
+        assert (found["scores"] > 0.99).all()
+
+
+@torch.no_grad()
+def test_settings_are_those_of_detect():
+    model = spread(small()).eval()
+    model.score_threshold, model.iou_threshold, model.topk_per_class, model.max_detections = 0.3, 0.2, 7, 11
+    batch = model.transform(pictures(((32, 32),) * 2))
+    expected = ops.detect(*model.heads(batch), model.prior_boxes, 0.3, 0.2, 7, 11, window=(0, 0, 1, 1))
+    boxes, *rest = model.predict(batch)
+    torch.testing.assert_close(boxes, expected[0] * 32)
+    assert all(torch.equal(a, b) for a, b in zip(rest, expected[1:], strict=True))
+    assert rest[-1].min() > 0
+
+
+@pytest.mark.parametrize("name", ["small", "ssdlite320_mobilenet_v2"])
+def test_not_square(name):
+    size = (64, 160) if name == "small" else (160, 256)
+    settings = {"num_classes": 4, "image_size": size}
+    model = spread(small(**settings) if name == "small" else create(name, **settings))
+    assert model.prior_boxes.shape[0] == sum(model.priors.counts())
+    sizes = ((50, 70), (80, 60))
+    losses = model(pictures(sizes), targets(sizes, 4))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    for image, found in zip(pictures(sizes), model.eval()(pictures(sizes)), strict=True):
+        boxes = found["boxes"]
+        assert len(boxes) and (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor(image.shape[:0:-1])).all()
+
+
+def test_ssd300_and_512_of_other_sizes():
+    assert ssd300_vgg16(2, image_size=(300, 500)).priors.feature_sizes[-1] == (1, 4)
+    with pytest.raises(ValueError, match=r"image_size \(64, 300\) does not suit the backbone"):
+        ssd300_vgg16(2, image_size=(64, 300))
+    with pytest.raises(ValueError, match="priors are for 6 levels, the backbone has 7"):
+        ssd512_vgg16(2, priors=ssd300_vgg16(2).priors)
+
+
+@pytest.mark.parametrize("empty", [[0], [0, 1]])
+def test_images_without_objects(empty):
+    model = small(seed=1)
+    sizes = ((32, 32), (40, 50))
+    objects = [NO_OBJECT if i in empty else target for i, target in enumerate(targets(sizes, 4))]
+    losses = model(pictures(sizes), objects)
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert (losses["classification"] > 0) == (len(empty) == 1)
+
+
+def test_a_loss_that_is_not_finite_is_seen():
+    model = small()
+    with torch.no_grad():
+        model.backbone.first.weight[0, 0, 0, 0] = torch.nan
+    losses = model(pictures(((32, 32),)), targets(((32, 32),), 4))
+    assert not any(value.isfinite() for value in losses.values())
+
+
+def test_losses_in_eval_mode():
+    model = small().eval()
+    assert model(pictures(), targets(num_classes=4)).keys() == {"bbox_regression", "classification"}
+
+
+@torch.no_grad()
+def test_no_images():
+    assert small().eval()([]) == []
+
+
+@pytest.mark.parametrize("name", ["small", "ssdlite320_mobilenet_v2"])
+@torch.no_grad()
+def test_channels_last(name):
+    model = (small() if name == "small" else create(name, num_classes=3)).eval()
+    x = torch.rand(1, 3, *model.image_size)
+    expected = model.heads(x)
+    found = model.to(memory_format=torch.channels_last).heads(x.to(memory_format=torch.channels_last))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["small", "ssdlite320_mobilenet_v2"])
+def test_autocast(name):
+    torch.manual_seed(0)
+    model = small() if name == "small" else create(name, num_classes=4)
+    sizes = ((32, 32), (40, 50))
+    expected = model(pictures(sizes), targets(sizes, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.heads(model.transform(pictures(sizes)))[1].dtype == torch.bfloat16
+        losses = model(pictures(sizes), targets(sizes, 4))
+        found = model.eval()(pictures(sizes))
+    sum(losses.values()).backward()
+    for key, value in losses.items():
+        torch.testing.assert_close(value, expected[key], rtol=0.05, atol=0.02)
+    assert all(image["boxes"].dtype == torch.float32 for image in found)
+
+
+@pytest.mark.parametrize("name", ["small", pytest.param("ssdlite320_mobilenet_v2", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_compile(name):
+    model = small() if name == "small" else create(name, num_classes=4)
+    model = spread(model).eval()
+    batch = model.transform(pictures())
+    for method in (model.heads, model.predict):
+        compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+        for found, expected in zip(compiled(batch), method(batch), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_export():
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = spread(small())
+
+        def forward(self, batch):
+            return self.model.predict(batch)
+
+    detector = Detector().eval()
+    batches = [detector.model.transform(pictures(((32, 32),) * n)) for n in (2, 3)]
+    exported = torch.export.export(detector, (batches[0],), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
+    for batch in batches:
+        for found, expected in zip(exported(batch), detector(batch), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_state_holds_no_constants():
+    assert {name.split(".")[0] for name in small().state_dict()} == {"backbone", "box_heads", "class_heads"}
+
+
+IMAGE, TARGET = pictures(((32, 32),))[0], targets(((32, 32),), 4)[0]
+
+
+@pytest.mark.parametrize(
+    ("images", "objects", "message"),
+    [
+        ([IMAGE], None, "targets must be given in training mode"),
+        ([IMAGE], [], "targets must be as many as images, 1, got 0"),
+        ([(IMAGE * 255).byte()], [TARGET], r"images\[0\] must be RGB in 0..1 of floating point, got torch.uint8"),
+        ([IMAGE, IMAGE[:1]], [TARGET] * 2, r"images\[1\] must be \[3, h, w\], got \[1, 32, 32\]"),
+        (IMAGE, [TARGET] * 3, r"images must be \[B, 3, h, w\], got \[3, 32, 32\]"),
+        ([IMAGE], [{**TARGET, "boxes": torch.zeros(2, 5)}], r"boxes of targets\[0\] must be \[G, 4\], got \[2, 5\]"),
+        ([IMAGE], [{**TARGET, "labels": torch.ones(1, dtype=torch.int64)}], "gt_labels must have"),
+    ],
+)
+def test_wrong_input(images, objects, message):
+    with pytest.raises(ValueError, match=message):
+        small()(images, objects)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_classes": 1}, "num_classes counts the background and must be 2 or more, got 1"),
+        ({"channels": [8, 8]}, r"the backbone's maps, \[8, 12\], got \[8, 8\]"),
+        ({"image_size": (0, 32)}, r"image_size \(0, 32\) does not suit the backbone"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        small(**settings)
+
+
+def test_a_batch_of_another_size():
+    with pytest.raises(ValueError, match=r"an image of 32x32 has 8x8x4 \(256\) \+ 4x4x6 \(96\) = 352"):
+        small().eval().predict(torch.zeros(1, 3, 64, 64))
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"model must be one of ssd300_vgg16, .*, got 'yolo'"):
+        create("yolo")
+
+
+def test_without_torchvision(python):
+    code = "import sys; sys.modules['torchvision'] = None; import ssd_ext; import ssd_ext.models"
+    assert 'pip install "ssd_ext[train]"' in python("-c", code).stderr
+    assert python("-c", code.removesuffix("; import ssd_ext.models")).returncode == 0
