@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             print("coco: " + ", ".join(f"{name} {value:.4f}" for name, value in figures[metric].items()))
             continue
         result = average_precision(found, targets, model.num_classes, args.iou_threshold, METRICS[metric])
-        figures[metric] = {"mAP": result.mean, **dict(zip(classes, result.ap.tolist(), strict=True))}
+        figures[metric] = {"mAP": result.mAP, **dict(zip(classes, result.ap.tolist(), strict=True))}
         for name, value in figures[metric].items():
             print(f"{metric}  {name:<24} {value:.4f}")
     if args.plot:

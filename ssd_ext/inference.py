@@ -88,6 +88,8 @@ def gathered_detections(model: SSD, dataset, *, workers: int = 0) -> list[dict[s
 def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], threshold: float = 0.5) -> Tensor:
     """The image, uint8 ``[3, H, W]``, with boxes whose score is above ``threshold``, the best on top."""
     shown = (found["scores"] > threshold).nonzero()[:, 0].flip(0)
+    if len(shown) == 0:
+        return image
     labels = found["labels"][shown].tolist()
     width = max(1, round(max(image.shape[1:]) / 250))
     return draw_bounding_boxes(

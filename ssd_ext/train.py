@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--val-split", metavar="SPLIT", help="of a VOC folder, to evaluate on (default: none)")
     add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the data)")
     add("--model", default="ssd300_vgg16", choices=sorted(MODELS), help="default: %(default)s")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: the model's)")
     add("--weights", metavar="FILE", help="start from this detector; heads for other classes are made anew")
     add("--backbone-weights", metavar="FILE", help="start from this ImageNet classifier")
     add("--resume", action="store_true", help="go on from FOLDER/last.pt if there is one")
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.val_data or args.val_split:
             val_set = load_dataset(args.val_data or args.data, args.val_split, train_set.classes)
         torch.manual_seed(recipe.seed)  # of the heads' first weights
-        model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights)
+        size = {"image_size": tuple(args.image_size)} if args.image_size else {}
+        model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size)
         if args.weights:
             print(load_weights(model, args.weights))
         run = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)

@@ -270,7 +270,7 @@ class Journal:
         entry["images_per_second"] = self.steps * self.batches.recipe.batch_size / (time.perf_counter() - self.since)
         if found is not None:
             targets = [val_set.target(i) for i in range(len(val_set))]
-            entry["mAP@0.5"] = average_precision(found, targets, self.run.model.num_classes).mean
+            entry["mAP@0.5"] = average_precision(found, targets, self.run.model.num_classes).mAP
         self.run.history.append(entry)
         if self.writes:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
@@ -429,8 +429,9 @@ def fit(
     if resume and last.exists():
         run.resume(checkpoint.load(last, device), last)
     model.loss.across_ranks = ranks > 1
-    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    network = network if ranks > 1 else model
+    network = model
+    if ranks > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     batches = Batches(len(train_set), recipe, run.step, rank, ranks)
     loader = DataLoader(

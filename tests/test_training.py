@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision import tv_tensors
 
 from ssd_ext import checkpoint
 from ssd_ext.data import load_dataset
@@ -231,7 +232,9 @@ class Emptied:
 
     def __getitem__(self, i):
         image, target = self.dataset[i]
-        return image, {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in target.items()}
+        nothing = {k: v[:0] for k, v in target.items() if isinstance(v, torch.Tensor)}
+        nothing["boxes"] = tv_tensors.wrap(nothing["boxes"], like=target["boxes"])
+        return image, target | nothing
 
 
 RANK = """

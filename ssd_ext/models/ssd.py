@@ -170,6 +170,24 @@ class SSD(nn.Module):
 
         Args:
             batch: ``[B, 3, H, W]`` from :meth:`transform`.
+            sizes: as :meth:`detections`.
+
+        Returns:
+            As :meth:`detections`.
+
+        Raises:
+            ValueError: as :meth:`detections`.
+        """
+        return self.detections(*self.heads(batch), sizes)
+
+    def detections(
+        self, deltas: Tensor, logits: Tensor, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Detections of fixed shape from what :meth:`heads` gave.
+
+        Args:
+            deltas: ``[B, P, 4]``.
+            logits: ``[B, P, C]``.
             sizes: ``[B, 2]`` ``(h, w)`` in pixels of the images that boxes are meant for; default: ``image_size``.
 
         Returns:
@@ -179,7 +197,6 @@ class SSD(nn.Module):
         Raises:
             ValueError: predictions for another number of priors than :attr:`priors` has.
         """
-        deltas, logits = self.heads(batch)
         self.priors.check(deltas.shape[1])
         boxes, scores, labels, counts = detect(
             deltas,

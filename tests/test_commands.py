@@ -1,0 +1,173 @@
+"""The command lines, as a user runs them: train, evaluate and detect on the sample."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ssd_ext import checkpoint
+from ssd_ext.detect import image_files
+from ssd_ext.inference import load_detector
+from ssd_ext.models import ssdlite320_mobilenet_v2
+
+SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "playing_cards"
+FEW = ("--split", "few", "--model", "ssdlite320_mobilenet_v2", "--image-size", "160", "160", "--workers", "0")
+
+
+def command(name, *arguments, start=False, **environment):
+    line = [sys.executable, "-m", f"ssd_ext.{name}", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    if start:
+        return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory):
+    """A copy of the sample with a split of four photographs."""
+    folder = tmp_path_factory.mktemp("data") / "cards"
+    shutil.copytree(SAMPLE, folder)
+    names = (folder / "ImageSets/Main/train.txt").read_text().split()
+    (folder / "ImageSets/Main/few.txt").write_text("\n".join(names[:4]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(cards, tmp_path_factory):
+    """A run that has seen nothing but those four, for so long that it knows them."""
+    out = tmp_path_factory.mktemp("run")
+    recipe = ("--epochs", 100, "--batch-size", 4, "--lr", 0.02, "--warmup", 10, "--evaluate-every", 100)
+    done = command("train", cards, "--out", out, *FEW, "--val-split", "few", *recipe)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_training_overfits_a_few_photographs(cards, trained):
+    history = checkpoint.load(trained / "last.pt")["training"]["history"]
+    assert len(history) == 100
+    assert history[-1]["classification"] < 0.3 * history[0]["classification"]
+    assert {path.name for path in trained.iterdir()} >= {"last.pt", "best.pt", "curves.png"}
+    figures = trained / "figures.json"
+    done = command(
+        "evaluate", cards, "--split", "few", "--weights", trained / "last.pt", "--json", figures,
+        "--metrics", "voc12", "voc07", "coco", "--plot", trained / "pr.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found["voc12"]["mAP"] > 0.9, done.stdout
+    assert found["voc07"]["mAP"] > 0.9
+    assert found["coco"]["AP50"] > 0.9
+    assert (trained / "pr.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_detection_writes_pictures_and_boxes(cards, trained, tmp_path):
+    names = (cards / "ImageSets/Main/few.txt").read_text().split()
+    for name in names:
+        shutil.copy(next((cards / "JPEGImages").glob(name + ".*")), tmp_path)
+    done = command("detect", tmp_path, "--weights", trained / "last.pt", "--out", tmp_path / "found")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d+\.\d images/s; \d+\.\d without post-processing", done.stdout)
+    found = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert [Path(image["image"]).stem for image in found] == sorted(names)
+    classes = checkpoint.load(trained / "last.pt")["classes"]
+    for image in found:
+        assert image["detections"]
+        with Image.open(image["image"]) as picture:
+            assert Image.open(tmp_path / "found" / (Path(image["image"]).stem + ".jpg")).size == picture.size
+            for thing in image["detections"]:
+                x1, y1, x2, y2 = thing["box"]
+                assert 0 <= x1 < x2 <= picture.width
+                assert 0 <= y1 < y2 <= picture.height
+                assert thing["label"] in classes
+                assert 0.5 < thing["score"] <= 1
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch_and_resumed(cards, tmp_path):
+    recipe = ("--epochs", 2, "--batch-size", 2, "--warmup", 2, "--save-every", 2, "--seed", 5)
+    split = ("--split", "train", *FEW[2:])
+    whole = command("train", cards, "--out", tmp_path / "whole", *split, *recipe)
+    assert whole.returncode == 0, whole.stderr
+    process = command("train", cards, "--out", tmp_path / "parts", *split, *recipe, start=True)
+    last = tmp_path / "parts" / "last.pt"
+    until = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < checkpoint.load(last)["training"]["step"] < 12
+    done = command("train", cards, "--out", tmp_path / "parts", *split, *recipe, "--resume")
+    assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.load(tmp_path / run / "last.pt")["model"] for run in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def _bad_checkpoint(path):
+    checkpoint.save({"model": {"x": torch.ones(1)}, "architecture": {"name": "yolo"}, "classes": []}, path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("train", "none", "--out", "out"), "no data set none"),
+        (("train", "CARDS", "--out", "out", "--split", "nobody"), "nobody"),
+        (("train", "CARDS", "--out", "out", "--lr", "-1"), "lr must be a positive number, got -1"),
+        (("train", "CARDS", "--out", "out", "--weights", "none.pt"), "none.pt"),
+        (("train", "CARDS", "--out", "out", "--classes", "names"), "queen"),
+        (("evaluate", "CARDS", "--weights", "none.pt"), "no checkpoint at none.pt"),
+        (("evaluate", "CARDS", "--weights", "text.pt"), "text.pt cannot be read as a checkpoint"),
+        (("evaluate", "CARDS", "--weights", "bare.pt"), "bare.pt does not tell its model and classes"),
+        (("evaluate", "CARDS", "--weights", "yolo.pt"), "got 'yolo'"),
+        (("evaluate", "CARDS", "--weights", "bare.pt", "--model", "ssd300_vgg16", "--num-classes", "7"), "bare.pt"),
+        (("detect", "none.jpg", "--weights", "lite.pt"), "no image or folder at none.jpg"),
+        (("detect", "empty", "--weights", "lite.pt"), "empty holds no images"),
+        (("detect", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
+    ],
+)
+def test_bad_input_is_one_sentence(cards, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names").write_text("king\njack\n")
+    (tmp_path / "text.pt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    checkpoint.save({"x": torch.ones(1)}, tmp_path / "bare.pt")
+    _bad_checkpoint(tmp_path / "yolo.pt")
+    model = ssdlite320_mobilenet_v2(3)
+    state = {"model": model.state_dict(), "architecture": model.architecture, "classes": ["a", "b"]}
+    checkpoint.save(state, tmp_path / "lite.pt")
+    done = command(*[str(cards) if a == "CARDS" else a for a in arguments])
+    assert done.returncode == 1, done.stderr
+    assert text in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ssd_ext: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("frame10.jpg", "frame9.jpg", "frame100.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [file.name for file in image_files([tmp_path])] == ["frame9.jpg", "frame10.jpg", "frame100.png"]
+
+
+def test_a_checkpoint_tells_its_model(tmp_path):
+    model = ssdlite320_mobilenet_v2(3, image_size=(160, 224)).eval()
+    state = {"model": model.state_dict(), "architecture": model.architecture, "classes": ["a", "b"]}
+    checkpoint.save(state, tmp_path / "w.pt")
+    loaded, classes = load_detector(tmp_path / "w.pt")
+    assert classes == ["a", "b"]
+    assert loaded.image_size == (160, 224)
+    image = torch.rand(3, 90, 120)
+    with torch.inference_mode():
+        (expected,), (found,) = model([image]), loaded([image])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="has 2 classes, but 1 names were given"):
+        load_detector(tmp_path / "w.pt", classes=["a"])
