@@ -1,13 +1,23 @@
 """What the tests of models share: pictures, a small detector, a comparison of detections."""
 
+from pathlib import Path
+
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssd_ext.models import SSD
 from ssd_ext.priors import PriorSpec
 
 SIZES = ((240, 320), (300, 300), (411, 289))
+
+
+def photographs(*names):
+    """Those of the sample, RGB in 0..1."""
+    folder = Path(__file__).resolve().parent.parent / "samples" / "playing_cards" / "JPEGImages"
+    return [pil_to_tensor(Image.open(folder / f"{name}.jpg")) / 255 for name in names]
 
 
 def pictures(sizes=SIZES, seed=0):

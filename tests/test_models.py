@@ -11,6 +11,7 @@ from model_cases import (  # noqa: E402
     SIZES,
     TwoLevels,
     assert_same_detections,
+    photographs,
     pictures,
     small,
     spread,
@@ -36,16 +37,16 @@ def pair():
 @torch.no_grad()
 def test_detections_of_torchvision(pair):
     ours, theirs = (model.eval() for model in pair)
-    images = pictures(SIZES[1:])
+    images = photographs("IMG_2614", "cam_image36") + pictures(SIZES[2:])
     assert_same_detections(ours(images), theirs(images))
 
 
 def test_loss_and_gradient_of_torchvision(pair):
-    losses, gradients = [], []
+    losses, gradients, images = [], [], photographs("IMG_2614")
     layout = next(layout for layout in _LAYOUTS if layout.name == "torchvision detector")
     for model in pair:
         model.train().zero_grad()
-        loss = model(pictures(SIZES[:1]), targets(SIZES[:1]))
+        loss = model(images, targets([image.shape[1:] for image in images]))
         sum(loss.values()).backward()
         losses.append(loss)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
