@@ -28,10 +28,14 @@ def add_device(parser) -> None:
 
 def add_weights(parser) -> None:
     """``--weights`` and what goes with files that do not tell their model."""
-    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of ssd_ext.train, or other weights")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", help="checkpoint of ssd_ext.train, or other weights"
+    )
     parser.add_argument("--model", help="of weights from elsewhere, such as ssd300_vgg16")
     parser.add_argument("--num-classes", type=int, metavar="N", help="of weights from elsewhere, with the background")
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, instead of the checkpoint's")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="names of the classes, one a line, instead of the checkpoint's"
+    )
 
 
 def read_classes(path: str | None) -> list[str] | None:

@@ -32,21 +32,35 @@ def save(state: dict[str, Any], path: str | Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read what :func:`save` or ``torch.save`` wrote, tensors and plain values alone: no code of the file is run.
+def load(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+    """Read what :func:`save` or ``torch.save`` wrote, or a ``.safetensors`` file. No code of the file is run.
+
+    Args:
+        path: of the file.
+        map_location: where tensors go.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, a damaged one, one with other objects than those, or no dict.
+        OSError: no such file, or one that may not be read.
+        ValueError: a damaged file, or one with other things than tensors, numbers, strings and their containers.
+        ImportError: a ``.safetensors`` file without that package.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint, is it damaged? ({first})") from e
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} must hold a dict, got {type(state).__name__}")
-    return state
+        if path.suffix == ".safetensors":
+            return _safetensors(path, map_location)
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (OSError, ImportError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: corrupt, or holds more than tensors (it is read with weights_only=True)") from error
+    except Exception as error:  # what the readers raise for a broken file is not documented
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: corrupt: {reason}") from error
+
+
+def _safetensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f'{path} needs safetensors: pip install "ssd_ext[train]"', name="safetensors") from error
+    return load_file(path, device=str(device))

@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         shown = found["scores"] > args.threshold
         objects = [
             {"label": classes[label - 1], "score": round(score, 4), "box": [round(x, 1) for x in box]}
-            for label, score, box in zip(*(found[k][shown].tolist() for k in ("labels", "scores", "boxes")), strict=True)
+            for label, score, box in zip(
+                *(found[k][shown].tolist() for k in ("labels", "scores", "boxes")), strict=True
+            )
         ]
         results.append({"image": str(file), "detections": objects})
         write_jpeg(draw(image, found, classes, args.threshold), str(out / names[file]), quality=90)

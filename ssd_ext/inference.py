@@ -28,11 +28,11 @@ def load_detector(
         classes: names for the classes, instead of those in the file; by default ``"1"``, ``"2"`` ...
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file.
         ValueError: a file of another kind or model, or one that does not tell what ``model`` is left out for.
     """
-    state = {} if Path(path).suffix == ".safetensors" else checkpoint.load(path)
-    if "architecture" in state:
+    state = checkpoint.load(path)
+    if isinstance(state, dict) and "architecture" in state:
         detector = create(**state["architecture"])
         names = list(state["classes"])
         detector.load_state_dict(state["model"])
@@ -41,7 +41,7 @@ def load_detector(
             raise ValueError(f"{path} does not tell its model and classes: name both")
         detector = create(model, num_classes=num_classes or len(classes) + 1)
         report = load_weights(detector, path)
-        if report.skipped:
+        if report.skipped or not report.detector:
             raise ValueError(f"{path} is no whole detector for {model} with {detector.num_classes} classes: {report}")
         names = [str(i) for i in range(1, detector.num_classes)]
     names = list(classes or names)

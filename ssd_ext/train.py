@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
             val_set = load_dataset(args.val_data or args.data, args.val_split, train_set.classes)
         torch.manual_seed(recipe.seed)  # of the heads' first weights
         size = {"image_size": tuple(args.image_size)} if args.image_size else {}
-        model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size)
+        model = create(
+            args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size
+        )
         if args.weights:
             print(load_weights(model, args.weights))
         run = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)

@@ -231,6 +231,7 @@ class Run:
 
 FREE_TO_CHANGE = ("workers", "save_every", "evaluate_every")  # by a run that is resumed
 
+
 class Journal:
     """What rank 0 tells and keeps of a run: progress bar, TensorBoard, checkpoints."""
 
@@ -243,6 +244,7 @@ class Journal:
         self.board = None
 
     def __enter__(self):
+        """Open what is written to."""
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
             self.board = _summary_writer(self.out)
@@ -252,6 +254,7 @@ class Journal:
         return self
 
     def __exit__(self, *_):
+        """Close it."""
         self.bar.close()
         if self.board:
             self.board.close()

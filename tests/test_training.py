@@ -1,12 +1,9 @@
 """Training: the same run twice, through interruptions, in several processes; and the command lines."""
 
-import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,7 @@ from torchvision import tv_tensors
 
 from ssd_ext import checkpoint
 from ssd_ext.data import load_dataset
-from ssd_ext.inference import load_detector
-from ssd_ext.models import SSD, ssdlite320_mobilenet_v2
+from ssd_ext.models import SSD
 from ssd_ext.priors import PriorSpec
 from ssd_ext.training import Batches, NonFiniteLossError, Recipe, Run, fit, train_step
 
@@ -81,7 +77,7 @@ def test_the_last_batch_of_an_epoch_is_filled_up(images):
 def test_ranks_share_the_batch_of_one_process():
     recipe = Recipe(epochs=2, batch_size=6)
     parts = [list(Batches(10, recipe, 1, rank, 3)) for rank in range(3)]
-    joined = [sum(step, []) for step in zip(*parts, strict=True)]
+    joined = [[*a, *b, *c] for a, b, c in zip(*parts, strict=True)]
     assert joined == list(Batches(10, recipe, 1))
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 4 ranks, got 6"):
         Batches(10, recipe, ranks=4)
@@ -150,7 +146,7 @@ def test_a_run_is_not_overwritten_or_mixed_up(cards, tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(ValueError, match="holds a run already"):
         fit(small_model(), cards, SHORT, tmp_path)
-    with pytest.raises(ValueError, match="its lr is 0.01, this run's 0.5"):
+    with pytest.raises(ValueError, match=r"its lr is 0\.01, this run's 0\.5"):
         fit(small_model(), cards, Recipe(**{**vars(SHORT), "lr": 0.5}), tmp_path, resume=True)
     other = small_model()
     other.image_size = (96, 96)
@@ -176,7 +172,7 @@ def test_a_loss_that_is_not_finite_names_the_images(cards, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NonFiniteLossError, match=r"the loss of step 0 is not finite .*nan.* its images: ") as caught:
         fit(model, cards, SHORT, tmp_path)
-    (first,) = [batch for batch in Batches(len(cards), SHORT)][:1]
+    first = next(iter(Batches(len(cards), SHORT)))
     for index, _ in first:
         assert cards.names[index] in str(caught.value)
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
@@ -212,13 +208,14 @@ def test_a_corrupt_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "last.pt"
     checkpoint.save({"x": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:1500] if content is None else content)
-    with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match=r"last\.pt: corrupt"):
         checkpoint.load(path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         checkpoint.load(tmp_path / "none.pt")
 
 
 # ---- several processes ---------------------------------------------------------------------------
+
 
 class Emptied:
     """A data set without its objects."""

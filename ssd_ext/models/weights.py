@@ -1,17 +1,16 @@
 """Weights from files of several layouts: load_weights, LoadReport."""
 
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ssd_ext import checkpoint
 from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, IMAGENET_MEAN, IMAGENET_STD, SSD
 from ssd_ext.priors import SSD300_VOC_RELEASED
 
@@ -151,7 +150,7 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     if convention not in (None, *CONVENTIONS):
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
     where = "state dict" if isinstance(source, Mapping) else os.fspath(source)
-    state = _tensors(_read(source), where)
+    state = _tensors(source if isinstance(source, Mapping) else checkpoint.load(source), where)
     layout = next((known for known in _LAYOUTS if any(re.match(known.marker, key) for key in state)), None)
     if layout is None:
         raise ValueError(f"{where}: not the weights of a known layout, with keys {_some(state)}")
@@ -177,31 +176,6 @@ def load_into(model: SSD, weights: Source | None, backbone_weights: Source | Non
             other = "weights" if name == "backbone_weights" else "backbone_weights"
             raise ValueError(f"{name} holds a {report.format}: give it as {other}")
     return model
-
-
-def _read(source: Source) -> object:
-    if isinstance(source, Mapping):
-        return source
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file as read
-        except ImportError as error:
-            raise ImportError(f'{path} needs safetensors: pip install "ssd_ext[train]"', name="safetensors") from error
-    else:
-
-        def read(path):
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-    try:
-        return read(path)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: corrupt, or holds more than tensors (it is read with weights_only=True)") from error
-    except Exception as error:  # what the readers raise for a broken file is not documented
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: corrupt: {reason}") from error
 
 
 def _tensors(loaded: object, where: str) -> dict[str, Tensor]:
