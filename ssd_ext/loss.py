@@ -6,6 +6,7 @@ from torch import Tensor, distributed, nn
 
 from ssd_ext import ops
 from ssd_ext.ops.matching import Ragged
+from ssd_ext.ops.multibox_loss import check_normalize
 
 
 class MultiBoxLoss(nn.Module):
@@ -32,7 +33,7 @@ class MultiBoxLoss(nn.Module):
         ValueError: as the two ops do; no priors, or priors given twice.
         RuntimeError: a second derivative is asked for.
 
-    Source: Liu et al., SSD (2016), sections 2.2 and eq. 1 to 3.
+    Source: Liu et al., SSD (2016), section 2.2 and eq. 1 to 3.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class MultiBoxLoss(nn.Module):
     ):
         """See the class for the arguments."""
         super().__init__()
+        check_normalize(normalize)
         self.register_buffer("priors", priors, persistent=False)
         self.validate = validate
         self.across_ranks = across_ranks
@@ -89,13 +91,14 @@ class MultiBoxLoss(nn.Module):
             priors: ``[P, 4]``, where the module has none.
         """
         if (priors is None) == (self.priors is None):
-            raise ValueError("priors must be given to MultiBoxLoss or to its call, and not to both")
+            given = "to neither" if priors is None else "to both"
+            raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {given}")
         labels, targets = ops.assign_targets(
             gt_boxes,
             gt_labels,
             self.priors if priors is None else priors,
             validate=self.validate,
-            num_classes=logits.shape[2] if self.validate else None,
+            num_classes=logits.shape[-1] if self.validate else None,
             **self.matching,
         )
         losses = ops.multibox_loss(deltas, logits, targets, labels, **self.loss)

@@ -72,6 +72,13 @@ def _confident(logits, **_):
     logits *= 40
 
 
+def _far(logits, labels, **_):
+    logits[:, ::3, 0] = 5000.0
+    logits[:, 1::7] += 6000.0
+    logits[:, 2::5] -= 6000.0
+    labels[:, ::3] = 0
+
+
 def _spread(logits, **_):
     logits *= 300
 
@@ -250,6 +257,8 @@ MULTIBOX_LOSS = Op(
         _changed("ties at the cut, half wanted", _ties, min_negatives=40),
         _changed("confident logits", _confident),
         _changed("logits of 300", _spread),
+        _changed("backgrounds of 5000", _far, min_negatives=20),
+        _changed("backgrounds of 5000, few wanted", _far),
         _changed("classes at -inf", _masked_classes),
         _changed("NaN rows", _nan_rows),
         _changed("a NaN row in an image that mines nothing", _nan_unmined),
@@ -289,7 +298,7 @@ MULTIBOX_LOSS = Op(
         ErrorCase("negative count", _call(min_negatives=-1), r"min_negatives must be >= 0, got -1"),
         ErrorCase("infinite alpha", _call(alpha=math.inf), r"alpha must be finite, got inf"),
         ErrorCase("negative beta", _call(beta=-1.0), r"beta must be a finite number >= 0, got -1"),
-        ErrorCase("unknown normalize", _call(normalize="sum"), r"one of 'batch', 'image', got 'sum'"),
+        ErrorCase("unknown normalize", _call(normalize="sum"), r"normalize must be 'batch' or 'image', got 'sum'"),
     ],
     peers={"torchvision": _torchvision, "tuned": _tuned, "tuned, torch.compile": _tuned_compiled},
     differentiable=("deltas", "logits"),

@@ -21,7 +21,8 @@ __device__ inline int64_t sum_before(int64_t x, int lane) {
   return sum - x;
 }
 
-// The warps' sums, then the sum of those. `of_warps` is this call's alone until the next __syncthreads.
+// The warps' sums, then the sum of those, in a block of kWarp warps. `of_warps` is this call's alone until the next
+// __syncthreads.
 template <class X>
 __device__ X block_sum(X x, X* of_warps) {
   x = warp_sum(x);
@@ -96,7 +97,7 @@ __device__ Cut<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
 
 constexpr int kSelectThreads = 1024;  // of a block that calls what follows
 constexpr int kSelectWarps = kSelectThreads / kWarp;
-constexpr size_t kMostCachedKeys = 40 * 1024;  // bytes kept in shared memory; P = 8732 in float32 fits
+constexpr size_t kMostCachedBytes = 40 * 1024;  // bytes kept in shared memory; P = 8732 in float32 fits
 
 constexpr int kAbsentKey = 0;  // the radix key of what is no negative: less than that of any loss
 

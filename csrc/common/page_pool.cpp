@@ -1,16 +1,19 @@
 #include "common/page_pool.h"
 
+#include <algorithm>
 #include <mutex>
 #include <unordered_map>
-#include <utility>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace ssd_ext::page_pool {
 namespace {
 
-constexpr size_t kPage = 4096, kHugePage = 2 << 20;
+constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kMostKept = 2;  // gradients of logits and deltas
 
 struct Block {
   void* data = nullptr;
@@ -20,7 +23,7 @@ struct Block {
 struct Pool {
   std::mutex mutex;
   std::unordered_map<void*, size_t> taken;
-  Block kept;
+  std::vector<Block> kept;  // the oldest first
 };
 
 Pool& pool() {
@@ -43,26 +46,30 @@ Block map(size_t bytes) {
   return {start + before, bytes};
 }
 
-void unmap(const Block& block) {
-  if (block.data != nullptr) munmap(block.data, block.bytes);
-}
+void unmap(const Block& block) { munmap(block.data, block.bytes); }
+
+size_t page_size() { return sysconf(_SC_PAGESIZE); }
 
 #else
 
 Block map(size_t) { return {}; }
 void unmap(const Block&) {}
+size_t page_size() { return 4096; }
 
 #endif
 
 }  // namespace
 
 void* take(size_t bytes) {
-  const size_t whole = (bytes + kPage - 1) / kPage * kPage;
+  const size_t page = page_size(), whole = (bytes + page - 1) / page * page;
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
+  const auto fits = [&](const Block& block) { return block.bytes >= whole && block.bytes / 2 <= whole; };
+  const auto found = std::find_if(p.kept.begin(), p.kept.end(), fits);
   Block block;
-  if (p.kept.bytes >= whole && p.kept.bytes / 2 <= whole) {
-    block = std::exchange(p.kept, {});
+  if (found != p.kept.end()) {
+    block = *found;
+    p.kept.erase(found);
   } else {
     block = map(whole);
   }
@@ -74,22 +81,31 @@ void give_back(void* data) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   const auto found = p.taken.find(data);
-  unmap(std::exchange(p.kept, {data, found->second}));
+  p.kept.push_back({data, found->second});
   p.taken.erase(found);
+  if (p.kept.size() <= kMostKept) return;
+  unmap(p.kept.front());
+  p.kept.erase(p.kept.begin());
 }
 
 size_t kept() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  return p.kept.bytes;
+  size_t bytes = 0;
+  for (const Block& block : p.kept) bytes += block.bytes;
+  return bytes;
 }
 
 size_t release() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  const Block block = std::exchange(p.kept, {});
-  unmap(block);
-  return block.bytes;
+  size_t bytes = 0;
+  for (const Block& block : p.kept) {
+    unmap(block);
+    bytes += block.bytes;
+  }
+  p.kept.clear();
+  return bytes;
 }
 
 }  // namespace ssd_ext::page_pool

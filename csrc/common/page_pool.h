@@ -1,5 +1,5 @@
 #pragma once
-// Large blocks of CPU memory in huge pages, of which the last one given back is kept for whoever comes next.
+// Large blocks of CPU memory in huge pages, of which the last two given back are kept for whoever comes next.
 //
 // glibc maps every block of this size afresh, and its first touches then take longer than the work: those of a
 // gradient of 90 MB 22 to 47 ms in pages of 4 KB and 4 to 9 in huge ones, where all the rest of the loss takes 7.

@@ -93,7 +93,7 @@ T reject_below(T least, bool is_sigmoid) {
   return T((is_sigmoid ? std::log(score / (1 - score)) : std::log(score)) - 1e-5);
 }
 
-constexpr int64_t kMostBlocksCuda = 0x7fffffff;  // images * classes
+constexpr int64_t kMostBlocksCuda = 0x7fffffff;  // of one launch
 
 // Bytes of scratch memory that detect_cuda needs: detect's docstring tells what for.
 size_t workspace_bytes(const Inputs& in);

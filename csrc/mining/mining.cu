@@ -64,7 +64,7 @@ void hard_negatives_cuda(DType dtype, const void* loss, const int64_t* labels, b
     using T = typename decltype(tag)::type;
     using Key = RadixKey<T>;
     const size_t n = size_t(mining.num_priors), bare = gpu::Smem::end_of<gpu::Selection<Key>>(0, 1);
-    const bool cached = n <= gpu::kMostCachedKeys / sizeof(Key);
+    const bool cached = n <= gpu::kMostCachedBytes / sizeof(Key);
     gpu::launch(cached ? hard_negatives_kernel<T, true> : hard_negatives_kernel<T, false>, dim3(unsigned(mining.batch)),
                 dim3(gpu::kSelectThreads), cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream,
                 static_cast<const T*>(loss), labels, mask, mining);

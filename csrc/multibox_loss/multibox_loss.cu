@@ -324,7 +324,7 @@ void settle_images(const Rows& deltas, const Rows& targets, const int64_t* label
                    ImageSums* sums, Stream stream) {
   using Key = typename KeyRow<C, true>::Key;
   const size_t n = size_t(loss.mining.num_priors), bare = gpu::Smem::end_of<gpu::Selection<Key>>(0, 1);
-  const bool cached = n <= gpu::kMostCachedKeys / sizeof(Key);
+  const bool cached = n <= gpu::kMostCachedBytes / sizeof(Key);
   const dim3 grid(unsigned(loss.mining.batch)), block(gpu::kSelectThreads);
   gpu::launch(cached ? mine_kernel<C, true> : mine_kernel<C, false>, grid, block,
               cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, static_cast<IntOf<C>*>(ranks), labels,

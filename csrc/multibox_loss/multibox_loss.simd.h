@@ -8,7 +8,7 @@ using ComputedIn = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // ---- a rough exponential -------------------------------------------------------------------------
 
-constexpr int kMostBase = 4096;  // of class 0's logit: above, rough differences would be too rough
+constexpr int kMostBase = 4096;  // of class 0's logit: of greater ones, rough differences would be too rough
 
 // e^(x - base) to about one part in 500 between 2^-126 and 2^127 (2^-1022, 2^1023), beyond those bounds on the
 // right side of them; NaN stays NaN. Degree-2 minimax polynomials of 2^f, f in [0, 1) or [-1/2, 1/2]. Where there
@@ -206,11 +206,18 @@ constexpr double kPrecision = 256;  // twice as rough as the arithmetic below is
 template <class T>
 constexpr T kEnough = std::is_same_v<T, float> ? T(1e37) : T(1e307);  // rough sums stop here; NaN counts as this
 
-// Turns rough sums, or NaN, of rows whose class 0 has logits `base` into what is kept of them: bits in order.
+// Class 0's logits allow for a rough sum.
+template <class V>
+inline __attribute__((always_inline)) auto is_near(V base) {
+  return min_of(base, -base) >= -splat<V>(kMostBase);
+}
+
+// Turns rough sums, or NaN, of rows whose class 0 has logits `base` into what is kept of them: bits in order. A row
+// whose base is NaN or infinite has a loss that is one, too, so it may count as the greatest.
 template <class V>
 inline __attribute__((always_inline)) IntOf<V> rough_rank(V sum, V base) {
-  const V enough = splat<V>(kEnough<ScalarOf<V>>), most = splat<V>(kMostBase);
-  sum = min_of(base, -base) >= -most ? sum : enough;  // one that is NaN or infinite is looked at exactly
+  const V enough = splat<V>(kEnough<ScalarOf<V>>);
+  sum = base - base == V{} ? sum : enough;
   return bit_cast<IntOf<V>>(min_of(sum, enough));
 }
 
@@ -227,8 +234,14 @@ void rank_roughly(const multibox_loss::Rows& logits, const multibox_loss::Loss& 
   for (int64_t r = begin; r < end;) {
     const int64_t left = std::min(end - r, n - r % n);
     if constexpr (std::is_same_v<S, T>) {
-      if (logits.strides.prior == 1 && !reader.in_place() && left >= together * lanes) {  // priors lie side by side
-        const T* x = static_cast<const T*>(logits.data) + r / n * logits.strides.image + r % n;
+      const T* x = static_cast<const T*>(logits.data) + r / n * logits.strides.image + r % n;
+      const auto all_near = [&] {
+        bool near = true;
+        for (int64_t j = 0; j < together; ++j) near &= mask_bits(is_near(load<T>(x + j * lanes))) == (1u << lanes) - 1;
+        return near;
+      };
+      // Priors lie side by side.
+      if (logits.strides.prior == 1 && !reader.in_place() && left >= together * lanes && all_near()) {
         V sums[together] = {};
         for (int64_t c = 1; c < classes; ++c) {
           for (int64_t j = 0; j < together; ++j) {
@@ -248,7 +261,8 @@ void rank_roughly(const multibox_loss::Rows& logits, const multibox_loss::Loss& 
     for (int64_t j = 0; j < lanes; ++j) {
       const T* row = x + std::min(j, count - 1) * stride;
       bases[j] = row[0];
-      sums[j] = foreground_sums<true>(row, classes, row[0]);
+      sums[j] = std::abs(row[0]) <= kMostBase ? foreground_sums<true>(row, classes, row[0])
+                                              : foreground_sums<false>(row, classes, row[0]);
     }
     store_first(ranks + r, count, rough_rank(sums_of_lanes<T>(sums), load<T>(bases)));
     r += count;

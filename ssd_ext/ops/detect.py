@@ -33,7 +33,8 @@ def detect(
         deltas: ``[B, P, 4]`` as :func:`ssd_ext.ops.encode` gives them. float32, float64, float16 or
             bfloat16; the halves compute in float32.
         logits: ``[B, P, C]``, same dtype and device. Any strides, so a head's ``[B, C, P]`` is best
-            passed as ``logits.mT``: it is not copied.
+            passed as ``logits.mT``: it is not copied. (Under autocast all three are cast to float32 first,
+            which copies halves.)
         priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device.
         score_threshold: in 0..1; a score is a candidate's above it (``>``).
         iou_threshold: in 0..1; a box is suppressed where its IoU with a kept box is above (``>``).
@@ -69,7 +70,8 @@ def detect(
     Raises:
         ValueError: wrong shape, dtype or device; a threshold outside 0..1; a ``topk_per_class`` or
             ``max_detections`` below 1; an unknown ``activation``; a variance that is not positive; a
-            NaN ``clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image.
+            NaN ``clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image; on
+            CUDA, 2^31 or more classes or eighths of priors of all images together.
         RuntimeError: a gradient is asked for.
 
     Source: Liu et al., SSD (2016), section 2.2; torchvision's ``SSD.postprocess_detections``, whose
