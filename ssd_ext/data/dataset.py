@@ -71,7 +71,7 @@ class Dataset(torch.utils.data.Dataset):
         transform: called with ``(image, target)``, such as :func:`augmentation`.
 
     Raises:
-        ValueError: no images, images that cannot be decoded or have another size than annotated (all are named),
+        ValueError: a class twice, images that cannot be decoded or have another size than annotated (all are named),
             a wrong box; the message tells file, object and coordinates.
     """
 
@@ -91,6 +91,8 @@ class Dataset(torch.utils.data.Dataset):
         if invalid not in ("error", "skip"):
             raise ValueError(f'invalid must be "error" or "skip": got {invalid!r}')
         self.classes = list(classes)
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"class names must be unique: got {self.classes}")
         self.category_ids = list(category_ids or range(1, len(self.classes) + 1))
         self.transform = transform
         self.names = [photo.name for photo in photos]
@@ -121,9 +123,8 @@ class Dataset(torch.utils.data.Dataset):
         self.difficult = torch.tensor([thing.difficult for thing in objects], dtype=torch.bool)
         self.crowd = torch.tensor([thing.crowd for thing in objects], dtype=torch.bool)
         areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
-        given_areas = [float("nan") if thing.area is None else thing.area for thing in objects]
-        self.area = torch.tensor(given_areas, dtype=torch.float32).nan_to_num(nan=-1.0)
-        self.area = torch.where(self.area < 0, areas, self.area)
+        given_areas = torch.tensor([-1.0 if thing.area is None else thing.area for thing in objects])
+        self.area = torch.where(given_areas >= 0, given_areas, areas)
         self.offsets = [0, *np.bincount(owner[keep], minlength=len(photos)).cumsum().tolist()]
 
     def __len__(self) -> int:
