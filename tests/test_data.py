@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ssd_ext.data import augmentation, collate, load_dataset, read_image, to_float, training_target
-from ssd_ext.data.augmentation import _IoUCrop
+from ssd_ext.data.augmentation import _IoUCrop, _shrink
 
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "playing_cards"
 CARDS = ["ace", "jack", "king", "nine", "queen", "ten"]
@@ -243,8 +243,8 @@ IMAGES = {
     "alpha.png": Image.fromarray(GREY).convert("RGBA"),
     "palette.png": palette(),
     "palette_transparent.png": palette(bytes(range(200))),
-    "16_bit.png": Image.fromarray(GREY.astype(np.uint16) * 257),
-    "16_bit.tif": Image.fromarray(GREY.astype(np.uint16) * 257),
+    "16_bit.png": Image.fromarray(GREY.astype(np.uint16) * 256 + 99),
+    "16_bit.tif": Image.fromarray(GREY.astype(np.uint16) * 256 + 99),
     "cmyk.tif": Image.fromarray(GREY).convert("RGB").convert("CMYK"),
 }
 
@@ -467,6 +467,19 @@ def test_augmentation_of_extreme_sizes(size):
         assert image.shape == (3, 30, 40)
 
 
+def test_large_photographs_are_shrunk_first():
+    image, target = colored()
+    image, target = _shrink(image, target, 60)
+    assert image.shape == (3, 45, 60) and torch.equal(target["boxes"].as_subclass(Tensor), BOXES / 2)
+    assert target["boxes"].canvas_size == (45, 60)
+    torch.manual_seed(0)
+    seen = []
+    transform = augmentation((12, 18), crop=False, zoom_out=0, flip=0, photometric=0)
+    transform.transforms.insert(2, lambda *sample: seen.append(sample[0].shape) or sample)
+    transform(*colored())
+    assert seen == [(3, 45, 60)]  # 18 / 0.3 pixels
+
+
 def test_crops_are_distributed_as_those_of_torchvision():
     torch.manual_seed(2)
     image, target = colored()
@@ -474,6 +487,7 @@ def test_crops_are_distributed_as_those_of_torchvision():
     for crop in (_IoUCrop(), v2.RandomIoUCrop()):
         drawn = [crop.make_params([image, target["boxes"]]) for _ in range(700)]
         kept = [params for params in drawn if params]
+        assert all(0.5 <= params["width"] / params["height"] <= 2 for params in kept)
         area = torch.tensor([params["height"] * params["width"] / (90 * 120) for params in kept])
         inside = torch.tensor([params["is_within_crop_area"].sum() for params in kept]).float()
         left = torch.tensor([params["left"] for params in kept]).float()
