@@ -71,14 +71,14 @@ def to_float() -> v2.ToDtype:
 class _IoUCrop(v2.RandomIoUCrop):
     """torchvision's crop with all trials of an option at once: its loop takes longer than all other steps together.
 
-    Leaves an image without objects as it is, as the Caffe code does, and one too small for a crop.
+    Leaves an image without objects as it is, as the Caffe code does.
     """
 
     def make_params(self, flat_inputs):
         boxes = next(entry for entry in flat_inputs if isinstance(entry, tv_tensors.BoundingBoxes))
         extent = torch.tensor(boxes.canvas_size[::-1])
         boxes = boxes.as_subclass(Tensor)
-        if len(boxes) == 0 or min(extent) * self.min_scale < 1:
+        if len(boxes) == 0:
             return {}
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         while True:
@@ -91,7 +91,7 @@ class _IoUCrop(v2.RandomIoUCrop):
             crops = torch.cat([start, start + size], dim=1).to(boxes.dtype)
             inside = ((crops[:, None, :2] < centres) & (centres < crops[:, None, 2:])).all(2)  # [trials, G]
             overlap = torch.where(inside, ops.box_iou(crops, boxes), -1.0).amax(1)
-            aspect = size[:, 0] / size[:, 1]
+            aspect = size[:, 0] / size[:, 1]  # 0, infinite or NaN for a crop without pixels
             accepted = (self.min_aspect_ratio <= aspect) & (aspect <= self.max_aspect_ratio) & (overlap >= min_iou)
             if accepted.any():
                 first = int(accepted.int().argmax())

@@ -1,8 +1,9 @@
 """What both layouts have in common: the checked data set, reading of images, batches."""
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,13 +67,13 @@ class Dataset(torch.utils.data.Dataset):
         corners: makes ``[N, 4]`` boxes in the file's form to corners.
         form: of the file's boxes, for messages.
         invalid: ``"error"`` refuses a box that is not finite, is inverted, has no area or lies outside its image;
-            ``"skip"`` leaves such boxes out, with a single warning. (COCO 2017 has a few.)
+            ``"skip"`` leaves such boxes out, with a single warning. (Some public sets have a few.)
         check_images: decode every image now; False: only read its header.
         transform: called with ``(image, target)``, such as :func:`augmentation`.
 
     Raises:
-        ValueError: no images, images that cannot be decoded or have another size than annotated (all are named),
-            a wrong box; the message tells file, object and coordinates.
+        ValueError: a class twice, images that are missing, cannot be decoded or have another size than annotated (the
+            first five are named), a wrong box (the message tells file, object and coordinates).
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Dataset(torch.utils.data.Dataset):
         if invalid not in ("error", "skip"):
             raise ValueError(f'invalid must be "error" or "skip": got {invalid!r}')
         self.classes = list(classes)
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"class names must be unique: got {self.classes}")
         self.category_ids = list(category_ids or range(1, len(self.classes) + 1))
         self.transform = transform
         self.names = [photo.name for photo in photos]
@@ -99,32 +102,33 @@ class Dataset(torch.utils.data.Dataset):
         self.sizes, self.upright = _inspect_all(photos, check_images)
 
         objects = [thing for photo in photos for thing in photo.objects]
-        given = np.array([thing.box for thing in objects], dtype=np.float64).reshape(-1, 4)
         owner = np.repeat(np.arange(len(photos)), [len(photo.objects) for photo in photos])
+        given = np.array([thing.box for thing in objects], dtype=np.float64).reshape(-1, 4)
         limits = np.array(self.sizes).reshape(-1, 2)[owner][:, [0, 1, 0, 1]]
         boxes, faults = _clip(corners(given), limits)
         if faults:
             first, fault = min(faults.items())
-            photo = photos[owner[first]]
+            photo, number = photos[owner[first]], first - np.searchsorted(owner, owner[first]) + 1
             text = (
-                f"{photo.source}: object {first - np.searchsorted(owner, owner[first]) + 1} of image {photo.name} "
-                f"{fault}: {form} is ({', '.join(f'{value:g}' for value in given[first])}), "
-                f"the image {' x '.join(map(str, self.sizes[owner[first]]))}"
+                f"{photo.source}: object {number} of image {photo.name} {fault}: {form} is "
+                f"({', '.join(f'{value:g}' for value in given[first])}), the image {_sides(self.sizes[owner[first]])}"
             )
             if invalid == "error":
                 raise ValueError(text)
             warnings.warn(f"left out {len(faults)} of {len(boxes)} boxes, first in {text}", stacklevel=4)
         keep = np.array([index not in faults for index in range(len(boxes))], dtype=bool)
-        objects = [thing for thing, kept in zip(objects, keep, strict=True) if kept]
-        self.boxes = torch.from_numpy(boxes[keep])
+        self._keep_objects([thing for thing, kept in zip(objects, keep, strict=True) if kept], boxes[keep])
+        self.offsets = [0, *np.bincount(owner[keep], minlength=len(photos)).cumsum().tolist()]
+
+    def _keep_objects(self, objects: Sequence[Object], boxes: np.ndarray) -> None:
+        """Into one tensor an entry for all images, which a worker of a DataLoader can share."""
+        self.boxes = torch.from_numpy(boxes)
         self.labels = torch.tensor([thing.label for thing in objects], dtype=torch.int64)
         self.difficult = torch.tensor([thing.difficult for thing in objects], dtype=torch.bool)
         self.crowd = torch.tensor([thing.crowd for thing in objects], dtype=torch.bool)
         areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
-        given_areas = [float("nan") if thing.area is None else thing.area for thing in objects]
-        self.area = torch.tensor(given_areas, dtype=torch.float32).nan_to_num(nan=-1.0)
-        self.area = torch.where(self.area < 0, areas, self.area)
-        self.offsets = [0, *np.bincount(owner[keep], minlength=len(photos)).cumsum().tolist()]
+        given_areas = torch.tensor([-1.0 if thing.area is None else thing.area for thing in objects])
+        self.area = torch.where(given_areas >= 0, given_areas, areas)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -163,10 +167,8 @@ def read_image(path: str | Path, *, upright: bool = True) -> tv_tensors.Image:
         FileNotFoundError: no such file.
         ValueError: not an image, truncated or broken, or of a pixel type with no range (32-bit); names the file.
     """
-    with _naming(path), Image.open(path) as image:
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        return tv_tensors.Image(F.pil_to_tensor(_rgb(image)))
+    with _opened(path) as image:
+        return tv_tensors.Image(F.pil_to_tensor(_decode(image, upright)))
 
 
 def training_target(target: dict, difficult: bool = False) -> dict:
@@ -197,20 +199,22 @@ def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[Tensor | list[Tensor]
     return torch.stack(images) if same else images, targets
 
 
-class _naming:
-    """Tells in one sentence which file failed, whatever PIL raises on broken ones."""
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image, and one sentence that names the file for whatever PIL raises on broken ones."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no image {path}") from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
-    def __init__(self, path: str | Path):
-        self.path = path
 
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"no image {self.path}") from error
-        if isinstance(error, Exception):
-            raise ValueError(f"{self.path} cannot be read as an image: {error}") from error
+def _decode(image: Image.Image, upright: bool) -> Image.Image:
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
+    return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -242,20 +246,21 @@ def _inspect_all(photos: Sequence[Photo], decode: bool) -> tuple[list[tuple[int,
 
 
 def _inspect(photo: Photo, decode: bool) -> tuple[tuple[int, int], bool]:
-    with _naming(photo.path), Image.open(photo.path) as image:
+    with _opened(photo.path) as image:
         stored = image.size
         shown = stored[::-1] if image.getexif().get(_ORIENTATION) in _SWAPS_SIDES else stored
+        upright = photo.size in (None, shown) or photo.size != stored
         if decode:
             image.draft("RGB", (1, 1))  # JPEG: all data is read, at an eighth of the size
-            image.load()
-        if image.mode in ("I", "F"):
-            _rgb(image)
-    upright = photo.size in (None, shown) or photo.size != stored
+            _decode(image, upright)
     size = shown if upright else stored
     if photo.size not in (None, size):
-        annotated, actual = (" x ".join(map(str, pair)) for pair in (photo.size, size))
-        raise ValueError(f"{photo.path} is {actual} pixels, but {photo.source} was made for {annotated}")
+        raise ValueError(f"{photo.path} is {_sides(size)} pixels, but {photo.source} was made for {_sides(photo.size)}")
     return size, upright
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def _clip(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:

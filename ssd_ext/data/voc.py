@@ -91,7 +91,11 @@ def _photo(file: Path, index: int, classes: list[str], images: Path, files: dict
     root = _parse(file)
     labels = {name: label for label, name in enumerate(classes, 1)}
     objects = [_object(file, number, thing, labels) for number, thing in enumerate(root.iterfind("object"), 1)]
-    size = tuple(int(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+    texts = [root.findtext(f"size/{side}") for side in ("width", "height")]
+    try:
+        size = tuple(int(text or 0) for text in texts)
+    except ValueError:
+        raise ValueError(f"{file}: the size {texts} is not two whole numbers") from None
     path = files.get(file.stem) or images / (root.findtext("filename") or f"{file.stem}.jpg").strip()
     return Photo(file.stem, path, index, size if all(size) else None, file, objects)
 
