@@ -151,7 +151,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser("python benchmarks/model.py", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["ssd300_vgg16", "ssdlite320_mobilenet_v2"])
+    parser.add_argument(
+        "--models", nargs="+", choices=sorted(MODELS), default=["ssd300_vgg16", "ssdlite320_mobilenet_v2"]
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="default: 1 8")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
     parser.add_argument("--bfloat16", action="store_true", help="the networks under autocast")

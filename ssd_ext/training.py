@@ -46,6 +46,9 @@ class Recipe:
         amp: ``"bfloat16"`` or ``"float16"`` for the network; the loss computes in float32.
         channels_last: memory format of network and images.
         ema: decay of an average of the weights that is evaluated and kept instead of them; None for none.
+        photometric: this and the next two are probabilities of :func:`ssd_ext.data.augmentation`.
+        zoom_out: of placing an image on a larger canvas.
+        flip: of mirroring an image; 0 where left and right matter, as in writing.
         sync_batch_norm: batch statistics of all ranks together (GPUs alone).
         workers: processes that load images, of each rank.
         seed: of everything random.
@@ -68,6 +71,9 @@ class Recipe:
     amp: str = "none"
     channels_last: bool = False
     ema: float | None = None
+    photometric: float = 0.5
+    zoom_out: float = 0.5
+    flip: float = 0.5
     sync_batch_norm: bool = False
     workers: int = 2
     seed: int = 0
@@ -82,6 +88,9 @@ class Recipe:
         for name in ("momentum", "weight_decay", "warmup", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+        for name in ("photometric", "zoom_out", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability, 0 to 1, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr}")
         if self.schedule not in SCHEDULES:
@@ -437,8 +446,9 @@ def fit(
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     batches = Batches(len(train_set), recipe, run.step, rank, ranks)
+    augment = augmentation(model.image_size, photometric=recipe.photometric, zoom_out=recipe.zoom_out, flip=recipe.flip)
     loader = DataLoader(
-        Augmented(train_set, augmentation(model.image_size)),
+        Augmented(train_set, augment),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=recipe.workers,

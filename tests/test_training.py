@@ -105,6 +105,7 @@ def test_schedule(schedule, expected):
         ({"amp": "int8"}, "amp must be one of none, bfloat16, float16, got 'int8'"),
         ({"ema": 1.0}, "ema must be between 0 and 1, got 1.0"),
         ({"clip_gradient": 0.0}, "clip_gradient must be a positive number, got 0.0"),
+        ({"flip": 1.5}, "flip must be a probability, 0 to 1, got 1.5"),
         ({"workers": -1}, "workers must be a finite number >= 0, got -1"),
     ],
 )
