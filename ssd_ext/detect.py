@@ -39,15 +39,20 @@ def image_files(paths: list[str]) -> list[Path]:
     return files
 
 
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser("python -m ssd_ext.detect", description=__doc__)
+    made.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    _cli.add_weights(made)
+    _cli.add_device(made)
+    made.add_argument("--out", default="detections", metavar="FOLDER", help="default: %(default)s")
+    made.add_argument("--threshold", type=float, default=0.5, help="least score (default: %(default)s)")
+    return made
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command; ``argv`` is by default that of the process."""
-    parser = argparse.ArgumentParser("python -m ssd_ext.detect", description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    _cli.add_weights(parser)
-    _cli.add_device(parser)
-    parser.add_argument("--out", default="detections", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
 
     given = _cli.read_classes(args.classes)
     model, classes = load_detector(args.weights, model=args.model, num_classes=args.num_classes, classes=given)

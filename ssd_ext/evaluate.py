@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+from pathlib import Path
 
 from ssd_ext import _cli
 from ssd_ext.data import load_dataset
@@ -11,19 +13,24 @@ from ssd_ext.inference import detections, load_detector
 METRICS = {"voc12": "area", "voc07": "11point", "coco": None}
 
 
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser("python -m ssd_ext.evaluate", description=__doc__)
+    made.add_argument("data", help="Pascal VOC folder or COCO .json")
+    made.add_argument("--split", default="test", help="of a VOC folder (default: %(default)s)")
+    _cli.add_weights(made)
+    _cli.add_device(made)
+    made.add_argument("--metrics", nargs="+", choices=METRICS, default=["voc12"], help="default: voc12")
+    made.add_argument("--iou-threshold", type=float, default=0.5, help="of the VOC metrics (default: %(default)s)")
+    made.add_argument("--plot", metavar="FILE", help="draw precision over recall, as .png or .svg")
+    made.add_argument("--json", metavar="FILE", help="write all figures; null for a class without objects")
+    made.add_argument("--workers", type=int, default=0, help="processes that load images")
+    return made
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command; ``argv`` is by default that of the process."""
-    parser = argparse.ArgumentParser("python -m ssd_ext.evaluate", description=__doc__)
-    parser.add_argument("data", help="Pascal VOC folder or COCO .json")
-    parser.add_argument("--split", default="test", help="of a VOC folder (default: %(default)s)")
-    _cli.add_weights(parser)
-    _cli.add_device(parser)
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["voc12"], help="default: voc12")
-    parser.add_argument("--iou-threshold", type=float, default=0.5, help="of the VOC metrics (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="draw precision over recall, as .png or .svg")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
 
     given = _cli.read_classes(args.classes)
     model, classes = load_detector(args.weights, model=args.model, num_classes=args.num_classes, classes=given)
@@ -43,8 +50,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         plot_pr_curves(average_precision(found, targets, model.num_classes, args.iou_threshold), classes, args.plot)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(figures, file, indent=1)
+        known = {
+            metric: {name: None if math.isnan(value) else value for name, value in values.items()}
+            for metric, values in figures.items()
+        }
+        Path(args.json).write_text(json.dumps(known, indent=1))
 
 
 if __name__ == "__main__":
