@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ssd_ext import _C
+
 EXPECTED = (ValueError, OSError, ImportError, RuntimeError)  # of which the message says what is wrong
 
 
@@ -23,7 +25,8 @@ def run(main: Callable[[list[str] | None], None]) -> None:
 
 def add_device(parser) -> None:
     """``--device``, by default the GPU where the extension can use one."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    usable = torch.cuda.is_available() and "cuda" in _C.build_info()
+    parser.add_argument("--device", default="cuda" if usable else "cpu", help="default: %(default)s")
 
 
 def add_weights(parser) -> None:

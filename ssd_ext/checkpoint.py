@@ -19,7 +19,7 @@ def save(state: dict[str, Any], path: str | Path) -> None:
         OSError: the file cannot be written, as on a full disk; the old one is then as it was.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.part")
     try:
         with open(beside, "wb") as file:
             torch.save(state, file)
@@ -49,7 +49,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
         if path.suffix == ".safetensors":
             return _safetensors(path, map_location)
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, ImportError):
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: corrupt, or holds more than tensors (it is read with weights_only=True)") from error

@@ -8,12 +8,11 @@ from time import perf_counter
 
 import torch
 from torchvision.io import write_jpeg
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ssd_ext import _cli
 from ssd_ext.data import read_image
-from ssd_ext.inference import draw, load_detector
+from ssd_ext.inference import as_input, draw, load_detector
 from ssd_ext.ops.detect import unpad
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -60,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     files = image_files(args.images)
     names = _distinct_names(files)
+    lost = {(out / name).resolve() for name in names.values()} & {file.resolve() for file in files}
+    if lost:
+        raise ValueError(f"--out {out} would overwrite {min(lost)}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
 
     results, broken = [], []
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         except (OSError, ValueError) as e:
             broken.append(str(e))
             continue
-        batch = [F.to_dtype(image.to(args.device), torch.float32, scale=True)]
+        batch = [as_input(image, args.device)]
         if not results:
             _timed(model, batch)  # the first call sets threads and memory up
         (found,), took = _timed(model, batch)
@@ -99,12 +101,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _distinct_names(files: list[Path]) -> dict[Path, str]:
     """A file name for each picture; equal names from different folders are numbered."""
-    taken: dict[str, int] = {}
-    names = {}
+    names: dict[Path, str] = {}
     for file in dict.fromkeys(files):
-        taken[file.stem] = taken.get(file.stem, 0) + 1
-        suffix = f"-{taken[file.stem]}" if taken[file.stem] > 1 else ""
-        names[file] = f"{file.stem}{suffix}.jpg"
+        candidates = (f"{file.stem}{suffix}.jpg" for suffix in ("", *(f"-{i}" for i in range(2, len(files) + 2))))
+        taken = set(names.values())
+        names[file] = next(name for name in candidates if name not in taken)
     return names
 
 

@@ -40,21 +40,21 @@ def main(argv: list[str] | None = None) -> None:
     figures = {}
     for metric in args.metrics:
         if metric == "coco":
-            figures[metric] = coco_metrics(targets, found)
+            figures[metric] = coco_metrics(found, targets)
             print("coco: " + ", ".join(f"{name} {value:.4f}" for name, value in figures[metric].items()))
             continue
         result = average_precision(found, targets, model.num_classes, args.iou_threshold, METRICS[metric])
         figures[metric] = {"mAP": result.mAP, **dict(zip(classes, result.ap.tolist(), strict=True))}
         for name, value in figures[metric].items():
             print(f"{metric}  {name:<24} {value:.4f}")
-    if args.plot:
-        plot_pr_curves(average_precision(found, targets, model.num_classes, args.iou_threshold), classes, args.plot)
     if args.json:
         known = {
             metric: {name: None if math.isnan(value) else value for name, value in values.items()}
             for metric, values in figures.items()
         }
         Path(args.json).write_text(json.dumps(known, indent=1))
+    if args.plot:
+        plot_pr_curves(average_precision(found, targets, model.num_classes, args.iou_threshold), classes, args.plot)
 
 
 if __name__ == "__main__":

@@ -103,16 +103,16 @@ def average_precision(
     )
 
 
-def coco_metrics(targets, detections: Detections) -> dict[str, float]:
+def coco_metrics(detections: Detections, targets) -> dict[str, float]:
     """The twelve metrics of COCO, by pycocotools, without its printing.
 
     Crowds are ignored as COCO does, and difficult objects as crowds are. A detection with a NaN score is left out, one
     with a NaN or infinite coordinate finds nothing. Of an image and class, the 100 best detections count.
 
     Args:
-        targets: a :class:`ssd_ext.data.Dataset`, or a list of its targets. The sizes small, medium and large go by
-            ``area`` where a target has it, else by its boxes.
-        detections: of each image, in the same order.
+        detections: of each image.
+        targets: a :class:`ssd_ext.data.Dataset`, or a list of its targets, in the same order. The sizes small, medium
+            and large go by ``area`` where a target has it, else by its boxes.
 
     Returns:
         ``AP`` (mean over IoU 0.50:0.05:0.95), ``AP50``, ``AP75``, ``AP_small`` (to 32 x 32 pixels), ``AP_medium``,

@@ -16,14 +16,19 @@ COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a
 
 
 def load_detector(
-    path: str | Path, *, model: str | None = None, num_classes: int | None = None, classes: Sequence[str] | None = None
+    path: str | Path,
+    *,
+    model: str | SSD | None = None,
+    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[SSD, list[str]]:
     """A detector in eval mode and the names of its classes.
 
     Args:
         path: a checkpoint of :func:`ssd_ext.training.fit`, which tells all; or weights from elsewhere, as
             :func:`ssd_ext.models.load_weights` reads them.
-        model: a name of ``ssd_ext.models.MODELS``, where the file does not tell.
+        model: a name of ``ssd_ext.models.MODELS``, where the file does not tell; or a detector of your own backbone,
+            whose weights the file is.
         num_classes: with the background, where the file does not tell.
         classes: names for the classes, instead of those in the file; by default ``"1"``, ``"2"`` ...
 
@@ -32,22 +37,38 @@ def load_detector(
         ValueError: a file of another kind or model, or one that does not tell what ``model`` is left out for.
     """
     state = checkpoint.load(path)
-    if isinstance(state, dict) and "architecture" in state:
-        detector = create(**state["architecture"])
-        names = list(state["classes"])
-        detector.load_state_dict(state["model"])
+    state = state if isinstance(state, dict) else {}
+    names = state.get("classes")
+    if isinstance(model, SSD):
+        detector = model
+    elif "architecture" in state:
+        detector = _build(state["architecture"], path)
+    elif model is None or (num_classes is None and classes is None):
+        raise ValueError(f"{path} does not tell its model and classes: name both")
     else:
-        if model is None or (num_classes is None and classes is None):
-            raise ValueError(f"{path} does not tell its model and classes: name both")
         detector = create(model, num_classes=num_classes or len(classes) + 1)
-        report = load_weights(detector, path)
-        if report.skipped or not report.detector:
-            raise ValueError(f"{path} is no whole detector for {model} with {detector.num_classes} classes: {report}")
-        names = [str(i) for i in range(1, detector.num_classes)]
+    report = load_weights(detector, path)
+    if report.skipped or not report.detector:
+        raise ValueError(f"{path} is no whole detector with {detector.num_classes} classes: {report}")
+    names = names or [str(i) for i in range(1, detector.num_classes)]
     names = list(classes or names)
     if len(names) != detector.num_classes - 1:
         raise ValueError(f"{path} has {detector.num_classes - 1} classes, but {len(names)} names were given: {names}")
     return detector.eval(), names
+
+
+def _build(architecture: dict, path: str | Path) -> SSD:
+    if architecture.get("name") is None:
+        raise ValueError(f"{path} holds a detector of its own backbone: build it, and give it as model")
+    try:
+        return create(**architecture)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a detector that this version cannot build: {error}") from error
+
+
+def as_input(image: Tensor, device: str | torch.device) -> Tensor:
+    """A uint8 image as the models take it: float32 in 0..1, on their device."""
+    return F.to_dtype(image.to(device), torch.float32, scale=True)
 
 
 @torch.inference_mode()
@@ -65,7 +86,7 @@ def detections(
     loader = DataLoader(chosen, batch_size, num_workers=workers, collate_fn=_images)
     found = []
     for images in loader:
-        batch = [F.to_dtype(image.to(device), torch.float32, scale=True) for image in images]
+        batch = [as_input(image, device) for image in images]
         found += [{name: value.cpu() for name, value in image.items()} for image in model(batch)]
     return found
 

@@ -66,25 +66,29 @@ def main(argv: list[str] | None = None) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        recipe = recipe_of(args)
-        train_set = load_dataset(args.data, args.split, _cli.read_classes(args.classes))
-        val_set = None
-        if args.val_data or args.val_split:
-            val_set = load_dataset(args.val_data or args.data, args.val_split, train_set.classes)
-        torch.manual_seed(recipe.seed)  # of the heads' first weights
-        size = {"image_size": tuple(args.image_size)} if args.image_size else {}
-        model = create(
-            args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size
-        )
-        if args.weights:
-            print(load_weights(model, args.weights))
-        run = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+    first = ranks == 1 or distributed.get_rank() == 0
+    recipe = recipe_of(args)
+    train_set = load_dataset(args.data, args.split, _cli.read_classes(args.classes))
+    val_set = None
+    if args.val_data or args.val_split:
+        val_set = load_dataset(args.val_data or args.data, args.val_split, train_set.classes)
+    torch.manual_seed(recipe.seed)  # of the heads' first weights
+    size = {"image_size": tuple(args.image_size)} if args.image_size else {}
+    model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size)
+    if args.weights:
+        report = load_weights(model, args.weights)
+        if not report.detector:
+            raise ValueError(f"{args.weights} holds a {report.format}: give it as --backbone-weights")
+        if first:
+            print(report)
+    run = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)
+    if first:
+        try:
             plot_history(run.history, os.path.join(args.out, "curves.png"))
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        except ImportError:
+            print('no curves.png: it needs matplotlib, pip install "ssd_ext[train]"')
+    if ranks > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

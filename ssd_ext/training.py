@@ -23,6 +23,7 @@ from ssd_ext.models import SSD
 
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("cosine", "step")
+FLOATS = ("lr", "momentum", "weight_decay", "clip_gradient", "ema", "photometric", "zoom_out", "flip")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,7 +42,7 @@ class Recipe:
         weight_decay: of all weights but biases and those of normalisation.
         schedule: ``"cosine"`` down to 0, or ``"step"``: a tenth from each of ``milestones`` on.
         milestones: fractions of all steps.
-        warmup: steps over which the rate rises from a thousandth.
+        warmup: steps over which the rate rises from a thousandth; at most a tenth of all.
         clip_gradient: largest norm of the gradient of all weights together; None does not look.
         amp: ``"bfloat16"`` or ``"float16"`` for the network; the loss computes in float32.
         channels_last: memory format of network and images.
@@ -49,6 +50,7 @@ class Recipe:
         photometric: this and the next two are probabilities of :func:`ssd_ext.data.augmentation`.
         zoom_out: of placing an image on a larger canvas.
         flip: of mirroring an image; 0 where left and right matter, as in writing.
+        deterministic: let cuDNN choose among algorithms that repeat themselves alone.
         sync_batch_norm: batch statistics of all ranks together (GPUs alone).
         workers: processes that load images, of each rank.
         seed: of everything random.
@@ -74,6 +76,7 @@ class Recipe:
     photometric: float = 0.5
     zoom_out: float = 0.5
     flip: float = 0.5
+    deterministic: bool = True
     sync_batch_norm: bool = False
     workers: int = 2
     seed: int = 0
@@ -82,6 +85,9 @@ class Recipe:
 
     def __post_init__(self):
         """Refuse what would only be noticed after a while."""
+        for name in FLOATS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))  # NumPy's numbers cannot be saved
         for name in ("epochs", "batch_size", "save_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,10 +110,11 @@ class Recipe:
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, ``0 <= step < steps``, as a fraction of ``lr``."""
-        if step < self.warmup:
-            return 0.001 + 0.999 * (step + 1) / (self.warmup + 1)
+        warmup = min(self.warmup, steps // 10)
+        if step < warmup:
+            return 0.001 + 0.999 * (step + 1) / (warmup + 1)
         if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, steps - self.warmup)))
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
         return 0.1 ** sum(step >= milestone * steps for milestone in self.milestones)
 
 
@@ -164,6 +171,13 @@ class Augmented(Dataset):
             return self.transform(image, target)
 
 
+def _join(items: list) -> tuple[Tensor, Tensor, Tensor, list[int], list[str]]:
+    """Images, boxes, labels, how many of each image, names: few tensors, each of which costs a worker a file."""
+    images, targets = collate(items)
+    boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
+    return images, boxes, labels, [len(target["labels"]) for target in targets], [t["name"] for t in targets]
+
+
 # ---- state ---------------------------------------------------------------------------------------
 
 
@@ -191,6 +205,9 @@ class Run:
         self.step = 0
         self.best = -math.inf
         self.history: list[dict[str, float]] = []  # of each epoch
+        self.sums: dict[str, Tensor] = {}  # of the losses of this epoch's `counted` steps
+        self.counted = 0
+        self.images = 0  # of the data set
 
     @property
     def trained(self) -> SSD:
@@ -211,6 +228,9 @@ class Run:
                 "step": self.step,
                 "best": self.best,
                 "history": self.history,
+                "sums": {name: value.item() for name, value in self.sums.items()},
+                "counted": self.counted,
+                "images": self.images,
                 "recipe": asdict(self.recipe),
             },
         }
@@ -223,6 +243,7 @@ class Run:
         same = {
             "architecture": (state["architecture"], self.model.architecture),
             "classes": (list(state["classes"]), self.classes),
+            "number of images": (training["images"], self.images),
         }
         recipe = asdict(self.recipe)
         same |= {k: (v, recipe.get(k)) for k, v in training["recipe"].items() if k not in FREE_TO_CHANGE}
@@ -236,6 +257,9 @@ class Run:
             self.average.module.load_state_dict(state["model"])
             self.average.n_averaged.copy_(training["averaged"])
         self.step, self.best, self.history = training["step"], training["best"], training["history"]
+        device = next(self.model.parameters()).device
+        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in training["sums"].items()}
+        self.counted = training["counted"]
 
 
 FREE_TO_CHANGE = ("workers", "save_every", "evaluate_every")  # by a run that is resumed
@@ -247,8 +271,7 @@ class Journal:
     def __init__(self, out: Path, run: Run, batches: Batches, rank: int):
         """Nothing is written before the ``with``."""
         self.out, self.run, self.batches, self.writes = out, run, batches, rank == 0
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps = 0  # of this process, in this epoch
         self.since = time.perf_counter()
         self.board = None
 
@@ -271,16 +294,30 @@ class Journal:
     def add(self, losses: dict[str, Tensor]) -> None:
         """Count a step."""
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+            self.run.sums[name] = self.run.sums.get(name, 0) + value.double()
+        self.run.counted += 1
         self.steps += 1
         self.bar.update()
+        if self.writes and self.run.step % 20 == 0:
+            self.bar.set_postfix(loss=f"{sum(losses.values()).item():.3f}")
+            for name, value in losses.items() if self.board else ():
+                self.board.add_scalar(f"step/{name}", value, self.run.step)
 
-    def end_epoch(self, epoch: int, val_set, found: list[dict[str, Tensor]] | None) -> None:
-        """Note the epoch, with what was found on ``val_set`` if that was looked at, and write checkpoints."""
-        entry = {name: (value / self.steps).item() for name, value in self.sums.items()}
-        entry |= {"epoch": epoch, "lr": self.run.optimizer.param_groups[0]["lr"]}
-        entry["images_per_second"] = self.steps * self.batches.recipe.batch_size / (time.perf_counter() - self.since)
-        if found is not None:
+    def end_epoch(self, epoch: int, val_set=None) -> None:
+        """Note the epoch, with what is found on ``val_set`` if that is given, and write checkpoints."""
+        run = self.run
+        images_per_second = self.steps * self.batches.recipe.batch_size / (time.perf_counter() - self.since)
+        if distributed.is_initialized():  # each rank's losses are its part of the batch's
+            for value in run.sums.values():
+                distributed.all_reduce(value)
+                value /= distributed.get_world_size()
+            for buffer in run.trained.buffers():  # statistics of batch normalisation
+                distributed.broadcast(buffer, 0)
+        entry = {name: (value / run.counted).item() for name, value in run.sums.items()}
+        entry |= {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
+        run.sums, run.counted = {}, 0
+        if val_set is not None:
+            found = gathered_detections(run.trained, val_set, workers=run.recipe.workers)
             targets = [val_set.target(i) for i in range(len(val_set))]
             entry["mAP@0.5"] = average_precision(found, targets, self.run.model.num_classes).mAP
         self.run.history.append(entry)
@@ -289,13 +326,13 @@ class Journal:
             if self.board:
                 for name, value in entry.items():
                     self.board.add_scalar(name, value, epoch)
-                if found is not None:
+                if val_set is not None:
                     self._add_pictures(epoch, val_set, found)
         if entry.get("mAP@0.5", -math.inf) > self.run.best:
             self.run.best = entry["mAP@0.5"]
             self.save(self.out / "best.pt")
         self.save(self.out / "last.pt")
-        self.sums, self.steps, self.since = {}, 0, time.perf_counter()
+        self.steps, self.since = 0, time.perf_counter()
 
     def _add_pictures(self, epoch: int, val_set, found: list[dict[str, Tensor]], count: int = 4) -> None:
         for i in range(min(count, len(val_set))):
@@ -318,6 +355,8 @@ def _summary_writer(out: Path):
 def _check(model: SSD, train_set, val_set) -> None:
     if len(train_set) == 0:
         raise ValueError("the training set has no images")
+    if any(getattr(dataset, "transform", None) is not None for dataset in (train_set, val_set)):
+        raise ValueError("data sets must be without a transform: training images are augmented here, others are not")
     if len(train_set.classes) != model.num_classes - 1:
         raise ValueError(
             f"the model must have a class for each of the data's and one for background: it has {model.num_classes}, "
@@ -331,21 +370,17 @@ def _check(model: SSD, train_set, val_set) -> None:
 
 def plot_history(history: Sequence[dict[str, float]], path: str | Path) -> None:
     """Draw losses, mAP and learning rate of each epoch (:attr:`Run.history`) into a picture file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     kept = [name for name in ("bbox_regression", "classification", "mAP@0.5", "lr") if any(name in e for e in history)]
-    figure, axes = plt.subplots(len(kept), 1, sharex=True, figsize=(7, 1.8 * len(kept)), layout="constrained")
-    for name, ax in zip(kept, [axes] if len(kept) == 1 else axes, strict=True):
+    figure = Figure(figsize=(7, 1.8 * len(kept)), layout="constrained")
+    for name, ax in zip(kept, figure.subplots(len(kept), 1, sharex=True, squeeze=False)[:, 0], strict=True):
         points = [(e["epoch"], e[name]) for e in history if name in e]
         ax.plot(*zip(*points, strict=True), color="#2e5e8c")
         ax.set_ylabel(name)
         ax.grid(alpha=0.3)
     ax.set_xlabel("epoch")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -419,8 +454,8 @@ def fit(
         The run; ``run.history`` has the losses, images/s and mAP of each epoch.
 
     Raises:
-        ValueError: an empty data set, other classes than the model's or the validation's, an ``out`` that
-            holds another run.
+        ValueError: an empty data set or one with a transform, other classes than the model's or the validation's,
+            an ``out`` that holds another run.
         NonFiniteLossError: see :func:`train_step`.
         OSError: a checkpoint cannot be written; the one before is unharmed.
     """
@@ -438,9 +473,15 @@ def fit(
     if recipe.sync_batch_norm and ranks > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = Run(model, recipe, train_set.classes, device)
+    run.images = len(train_set)
     if resume and last.exists():
-        run.resume(checkpoint.load(last, device), last)
-    model.loss.across_ranks = ranks > 1
+        run.resume(checkpoint.load(last), last)
+    if ranks > 1:
+        steps = [None] * ranks
+        distributed.all_gather_object(steps, run.step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"the ranks would go on from different steps, {steps}: {out} must be one folder for all")
+    torch.backends.cudnn.deterministic = recipe.deterministic
     network = model
     if ranks > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -450,27 +491,30 @@ def fit(
     loader = DataLoader(
         Augmented(train_set, augment),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_join,
         num_workers=recipe.workers,
         pin_memory=device.type == "cuda",
     )
-    with Journal(out, run, batches, rank) as journal:
-        network.train()
-        for images, targets in loader:
-            torch.manual_seed(recipe.seed * 1_000_003 + run.step * ranks + rank)  # of dropout, if the model has it
-            images = images.to(device, non_blocking=True)
-            targets = [t | {k: t[k].to(device, non_blocking=True) for k in ("boxes", "labels")} for t in targets]
-            losses = train_step(run, network, images, targets, recipe.rate(run.step, batches.steps))
-            journal.add(losses)
-            epoch, inside = divmod(run.step, batches.per_epoch)
-            if inside == 0:
-                found = None
-                if val_set is not None and (epoch % recipe.evaluate_every == 0 or run.step == batches.steps):
-                    found = gathered_detections(run.trained, val_set, workers=recipe.workers)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    model.loss.across_ranks = ranks > 1
+    try:
+        with Journal(out, run, batches, rank) as journal:
+            network.train()
+            for images, boxes, labels, counts, names in loader:
+                torch.manual_seed(recipe.seed * 1_000_003 + run.step * ranks + rank)  # of dropout, if there is one
+                images = images.to(device, non_blocking=True, memory_format=layout)
+                parts = (t.to(device, non_blocking=True).split(counts) for t in (boxes, labels))
+                targets = [{"boxes": b, "labels": k, "name": n} for b, k, n in zip(*parts, names, strict=True)]
+                journal.add(train_step(run, network, images, targets, recipe.rate(run.step, batches.steps)))
+                epoch, inside = divmod(run.step, batches.per_epoch)
+                if inside == 0:
+                    due = epoch % recipe.evaluate_every == 0 or run.step == batches.steps
+                    journal.end_epoch(epoch, val_set if due else None)
                     network.train()
-                journal.end_epoch(epoch, val_set, found)
-            elif run.step % recipe.save_every == 0:
-                journal.save(last)
-            if run.step == stop_at:
-                break
+                elif run.step % recipe.save_every == 0:
+                    journal.save(last)
+                if run.step == stop_at:
+                    break
+    finally:
+        model.loss.across_ranks = False
     return run

@@ -14,18 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from ssd_ext import checkpoint
-from ssd_ext.detect import image_files
+from ssd_ext import MultiBoxLoss, checkpoint
+from ssd_ext.data import load_dataset
+from ssd_ext.detect import _distinct_names, image_files
 from ssd_ext.inference import load_detector
-from ssd_ext.models import ssdlite320_mobilenet_v2
+from ssd_ext.models import ssd300_vgg16, ssdlite320_mobilenet_v2
 
-SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "playing_cards"
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "samples" / "playing_cards"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 FEW = ("--split", "few", "--model", "ssdlite320_mobilenet_v2", "--image-size", "160", "160", "--workers", "0")
 
 
 def command(name, *arguments, start=False, **environment):
     line = [sys.executable, "-m", f"ssd_ext.{name}", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    env = {**ENVIRONMENT, **environment}
     if start:
         return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
@@ -125,6 +128,7 @@ def _bad_checkpoint(path):
         (("train", "CARDS", "--out", "out", "--lr", "-1"), "lr must be a positive number, got -1"),
         (("train", "CARDS", "--out", "out", "--weights", "none.pt"), "none.pt"),
         (("train", "CARDS", "--out", "out", "--classes", "names"), "queen"),
+        (("train", "CARDS", "--out", "out", "--weights", "vgg.pt"), "give it as --backbone-weights"),
         (("evaluate", "CARDS", "--weights", "none.pt"), "none.pt"),
         (("evaluate", "CARDS", "--weights", "text.pt"), "text.pt: corrupt"),
         (("evaluate", "CARDS", "--weights", "bare.pt"), "bare.pt does not tell its model and classes"),
@@ -132,6 +136,7 @@ def _bad_checkpoint(path):
         (("evaluate", "CARDS", "--weights", "bare.pt", "--model", "ssd300_vgg16", "--num-classes", "7"), "bare.pt"),
         (("detect", "none.jpg", "--weights", "lite.pt"), "no image or folder at none.jpg"),
         (("detect", "empty", "--weights", "lite.pt"), "empty holds no images"),
+        (("detect", "photos", "--weights", "lite.pt", "--out", "photos"), "would overwrite"),
         (("detect", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
     ],
 )
@@ -140,11 +145,16 @@ def test_bad_input_is_one_sentence(cards, tmp_path, monkeypatch, arguments, text
     (tmp_path / "names").write_text("king\njack\n")
     (tmp_path / "text.pt").write_text("text")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    shutil.copy(next((cards / "JPEGImages").iterdir()), tmp_path / "photos")
     checkpoint.save({"x": torch.ones(1)}, tmp_path / "bare.pt")
     _bad_checkpoint(tmp_path / "yolo.pt")
     model = ssdlite320_mobilenet_v2(3)
     state = {"model": model.state_dict(), "architecture": model.architecture, "classes": ["a", "b"]}
     checkpoint.save(state, tmp_path / "lite.pt")
+    if "vgg.pt" in arguments:
+        backbone = {k.removeprefix("backbone."): v for k, v in ssd300_vgg16(2).state_dict().items() if "features" in k}
+        checkpoint.save(backbone, tmp_path / "vgg.pt")
     done = command(*[str(cards) if a == "CARDS" else a for a in arguments])
     assert done.returncode == 1, done.stderr
     assert text in done.stderr
@@ -158,8 +168,50 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path):
     assert [file.name for file in image_files([tmp_path])] == ["frame9.jpg", "frame10.jpg", "frame100.png"]
 
 
+def test_pictures_have_names_of_their_own():
+    files = [Path("x/a.jpg"), Path("y/a.png"), Path("z/a-2.jpg"), Path("x/a.jpg")]
+    names = _distinct_names(files)
+    assert len(set(names.values())) == len(names) == 3
+
+
+@pytest.mark.slow
+def test_trains_on_a_coco_file(tmp_path):
+    sample = load_dataset(SAMPLE, "test")
+    images, annotations = [], []
+    for i, path in enumerate(sample.paths):
+        width, height = sample.sizes[i]
+        images.append({"id": i, "file_name": path.name, "width": width, "height": height})
+        target = sample.target(i)
+        for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            thing = {"id": len(annotations) + 1, "image_id": i, "category_id": 10 * label, "iscrowd": 0}
+            annotations.append(thing | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+    categories = [{"id": 10 * i, "name": name} for i, name in enumerate(sample.classes, 1)]
+    shutil.copytree(SAMPLE / "JPEGImages", tmp_path / "images")
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    recipe = ("--epochs", 1, "--batch-size", 2, *FEW[2:])
+    done = command("train", file, "--val-data", file, "--out", tmp_path / "run", *recipe)
+    assert done.returncode == 0, done.stderr
+    done = command("evaluate", file, "--weights", tmp_path / "run" / "last.pt", "--metrics", "coco")
+    assert done.returncode == 0, done.stderr
+    assert "AP50" in done.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_of_models_runs(tmp_path):
+    line = [sys.executable, ROOT / "benchmarks" / "model.py", "--models", "ssdlite320_mobilenet_v2", "--batch", "2"]
+    line += ["--seconds", "0.1", "--json", tmp_path / "model.json"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "model.json").read_text())["results"]
+    assert {row["what"] for row in rows} >= {"heads", "detect", "images", "step"}
+    assert "share of the ops" in done.stdout
+
+
 def test_a_checkpoint_tells_its_model(tmp_path):
-    model = ssdlite320_mobilenet_v2(3, image_size=(160, 224)).eval()
+    settings = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "score_threshold": 0.02, "max_detections": 7}
+    settings["loss"] = MultiBoxLoss(variances=(0.2, 0.3))
+    model = ssdlite320_mobilenet_v2(3, image_size=(160, 224), **settings).eval()
     state = {"model": model.state_dict(), "architecture": model.architecture, "classes": ["a", "b"]}
     checkpoint.save(state, tmp_path / "w.pt")
     loaded, classes = load_detector(tmp_path / "w.pt")
@@ -169,5 +221,6 @@ def test_a_checkpoint_tells_its_model(tmp_path):
     with torch.inference_mode():
         (expected,), (found,) = model([image]), loaded([image])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(found["boxes"]) == 7
     with pytest.raises(ValueError, match="has 2 classes, but 1 names were given"):
         load_detector(tmp_path / "w.pt", classes=["a"])

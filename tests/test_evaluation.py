@@ -78,7 +78,7 @@ def test_a_detection_does_not_turn_to_the_second_best_object():
     objects = [truth([(0, 0, 10, 10), (0, 0, 10, 7)])]
     detections = [found([(0, 0, 10, 10), (0, 0, 10, 9)], [0.9, 0.8])]
     assert average_precision(detections, objects, 2).mAP == 0.5
-    assert coco_metrics(objects, detections)["AP50"] == pytest.approx(1)
+    assert coco_metrics(detections, objects)["AP50"] == pytest.approx(1)
 
 
 def test_difficult_objects_count_neither_way():
@@ -109,10 +109,10 @@ def test_classes_are_apart_and_those_without_objects_are_left_out():
 def test_without_images_or_anything_in_them():
     for detections, targets in (([], []), ([found([], [])], [truth([])]), ([found([A], [0.5])], [truth([])])):
         assert math.isnan(average_precision(detections, targets, 3).mAP)
-        metrics = coco_metrics(targets, detections)
+        metrics = coco_metrics(detections, targets)
         assert list(metrics) == list(COCO_METRICS) and all(map(math.isnan, metrics.values()))
     assert average_precision([found([], [])], [truth([A])], 2, rule="11point").mAP == 0
-    assert coco_metrics([truth([A])], [found([], [])])["AP"] == 0
+    assert coco_metrics([found([], [])], [truth([A])])["AP"] == 0
 
 
 def test_values_that_are_not_finite():
@@ -120,11 +120,11 @@ def test_values_that_are_not_finite():
     targets = [truth([A])]
     dropped = [found([A, A], [nan, 0.5])]
     assert average_precision(dropped, targets, 2).precision[0].tolist() == [1]
-    assert coco_metrics(targets, dropped)["AP"] == pytest.approx(1)
+    assert coco_metrics(dropped, targets)["AP"] == pytest.approx(1)
     for broken in ((0, 0, nan, 10), (0, 0, inf, 10), (nan,) * 4):
         wrong = [found([broken, A], [0.9, 0.5])]
         assert average_precision(wrong, targets, 2).precision[0].tolist() == [0, 0.5]
-        assert coco_metrics(targets, wrong)["AP50"] == pytest.approx(0.5)
+        assert coco_metrics(wrong, targets)["AP50"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_against_pycocotools(generator):
     pytest.importorskip("pycocotools")
     detections, targets = random_case(generator, 200, apart=True, flags=False)
     result = average_precision(detections, targets, 5)
-    assert coco_metrics(targets, detections)["AP50"] == pytest.approx(result.mAP, abs=0.006)
+    assert coco_metrics(detections, targets)["AP50"] == pytest.approx(result.mAP, abs=0.006)
 
 
 def test_cocos_metrics(capfd):
@@ -233,7 +233,7 @@ def test_cocos_metrics(capfd):
     small, large = (0, 0, 20, 20), (100, 100, 300, 300)
     targets = [truth([small, large, (400, 0, 500, 100)], crowd=[False, False, True])]
     detections = [found([small, (100, 100, 300, 260), (410, 10, 420, 20)], [0.9, 0.8, 0.95])]  # IoU 1 and 0.8
-    metrics = coco_metrics(targets, detections)
+    metrics = coco_metrics(detections, targets)
     assert capfd.readouterr().out == ""
     half = 51 / 101  # of the 101 recalls, those up to 0.5
     assert metrics["AP50"] == pytest.approx(1) and metrics["AP75"] == pytest.approx(1)
@@ -242,9 +242,9 @@ def test_cocos_metrics(capfd):
     assert math.isnan(metrics["AP_medium"])
     assert metrics["AR_100"] == pytest.approx((7 + 3 / 2) / 10)
     by_mask = [targets[0] | {"area": tensor([400.0, 2000.0, 10000.0])}]
-    assert coco_metrics(by_mask, detections)["AP_medium"] == pytest.approx(0.7)
+    assert coco_metrics(detections, by_mask)["AP_medium"] == pytest.approx(0.7)
     difficult = [truth([small, large, (400, 0, 500, 100)], difficult=[False, False, True])]
-    assert coco_metrics(difficult, detections) == pytest.approx(metrics, nan_ok=True)
+    assert coco_metrics(detections, difficult) == pytest.approx(metrics, nan_ok=True)
 
 
 def test_the_truth_of_a_data_set_scores_one():
@@ -255,7 +255,7 @@ def test_the_truth_of_a_data_set_scores_one():
     targets = [data.target(index) for index in range(len(data))]
     detections = [t | {"scores": torch.ones(len(t["labels"]))} for t in targets]
     assert average_precision(detections, targets, 7).mAP == 1
-    assert coco_metrics(data, detections)["AP"] == pytest.approx(1)
+    assert coco_metrics(detections, data)["AP"] == pytest.approx(1)
     data.category_ids = [10, 20, 30, 40, 50, 60]
     rows = coco_results(data, detections)
     assert len(rows) == 12

@@ -12,10 +12,11 @@ from torch import nn
 from torchvision import tv_tensors
 
 from ssd_ext import checkpoint
-from ssd_ext.data import load_dataset
+from ssd_ext.data import augmentation, load_dataset
+from ssd_ext.inference import load_detector
 from ssd_ext.models import SSD
 from ssd_ext.priors import PriorSpec
-from ssd_ext.training import Batches, NonFiniteLossError, Recipe, Run, fit, train_step
+from ssd_ext.training import Augmented, Batches, NonFiniteLossError, Recipe, Run, _join, fit, train_step
 
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "playing_cards"
 SHORT = Recipe(epochs=2, batch_size=4, lr=0.01, warmup=2, workers=0, save_every=2, seed=3)
@@ -139,7 +140,8 @@ def test_resumed_exactly(cards, tmp_path, stop_at, ema):
     assert parts.step == whole.step == 6
     assert_same(weights_of(whole), weights_of(parts))
     assert_same(whole.model.state_dict(), parts.model.state_dict())
-    assert len(parts.history) == 2
+    for one, two in zip(whole.history, parts.history, strict=True):
+        assert {**one, "images_per_second": 0} == {**two, "images_per_second": 0}
 
 
 def test_a_run_is_not_overwritten_or_mixed_up(cards, tmp_path):
@@ -153,6 +155,8 @@ def test_a_run_is_not_overwritten_or_mixed_up(cards, tmp_path):
     other.image_size = (96, 96)
     with pytest.raises(ValueError, match="its architecture is"):
         fit(other, cards, SHORT, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="its number of images is 12, this run's 6"):
+        fit(small_model(), load_dataset(SAMPLE, "test"), SHORT, tmp_path, resume=True)
     assert (tmp_path / "last.pt").read_bytes() == before
     fit(small_model(), cards, Recipe(**{**vars(SHORT), "save_every": 7}), tmp_path, resume=True)
 
@@ -160,7 +164,27 @@ def test_a_run_is_not_overwritten_or_mixed_up(cards, tmp_path):
 def test_wrong_data(cards, tmp_path):
     with pytest.raises(ValueError, match=r"it has 5, the data 6 \(ace, "):
         fit(small_model(5), cards, SHORT, tmp_path)
+    with pytest.raises(ValueError, match="data sets must be without a transform"):
+        fit(small_model(), load_dataset(SAMPLE, "train", transform=lambda *item: item), SHORT, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_detector_of_ones_own_is_loaded_into_one(cards, tmp_path):
+    run = fit(small_model(), cards, SHORT, tmp_path)
+    with pytest.raises(ValueError, match="holds a detector of its own backbone"):
+        load_detector(tmp_path / "last.pt")
+    loaded, classes = load_detector(tmp_path / "last.pt", model=small_model())
+    assert classes == cards.classes
+    assert_same(loaded.state_dict(), weights_of(run))
+
+
+def test_few_tensors_leave_a_worker(cards):
+    """Each is an open file."""
+    augmented = Augmented(cards, augmentation((64, 64)))
+    images, boxes, labels, counts, names = _join([augmented[i, 0] for i in range(12)])
+    assert images.shape == (12, 3, 64, 64)
+    assert sum(counts) == len(boxes) == len(labels)
+    assert names == cards.names
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -277,6 +301,8 @@ def test_two_processes_train_as_one_does(cards, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     saved = checkpoint.load(out / "last.pt")["training"]
     assert saved["step"] == one.step
+    for name in ("bbox_regression", "classification"):
+        assert saved["history"][0][name] == pytest.approx(one.history[0][name], rel=1e-4)
     assert saved["history"][-1]["mAP@0.5"] == pytest.approx(one.history[-1]["mAP@0.5"], abs=1e-6)
 
 

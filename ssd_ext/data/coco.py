@@ -55,7 +55,7 @@ def load_coco(
 
 def coco_file(path: Path, split: str | None) -> Path | None:
     """The annotation file that ``path`` means: itself, or the one of ``split`` in the folder; None if there is none."""
-    if path.suffix == ".json" and split is None:
+    if path.suffix == ".json":
         return path
     files = [path / "annotations" / f"instances_{split}.json"] if split else [path / "instances.json"]
     return next((file for file in files if file.is_file()), None)

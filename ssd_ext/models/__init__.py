@@ -11,6 +11,7 @@ try:
 except ImportError as _error:
     raise ImportError('ssd_ext.models needs torchvision: pip install "ssd_ext[train]"', name="torchvision") from _error
 
+from ssd_ext.loss import MultiBoxLoss
 from ssd_ext.models.mobilenet import ssdlite320_mobilenet_v2
 from ssd_ext.models.ssd import SSD
 from ssd_ext.models.vgg import ssd300_vgg16, ssd512_vgg16
@@ -33,6 +34,7 @@ def create(name: str, **kwargs) -> SSD:
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    if isinstance(kwargs.get("priors"), dict):
-        kwargs["priors"] = PriorSpec(**kwargs["priors"])
+    for key, made in (("priors", PriorSpec), ("loss", MultiBoxLoss)):
+        if isinstance(kwargs.get(key), dict):
+            kwargs[key] = made(**kwargs[key])
     return MODELS[name](**kwargs)

@@ -118,6 +118,7 @@ class SSD(nn.Module):
         self.topk_per_class = topk_per_class
         self.max_detections = max_detections
         self.register_buffer("prior_boxes", self.priors.boxes(), persistent=False)
+        self.register_buffer("extent", _extent(torch.tensor([self.image_size]).float()), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -129,6 +130,13 @@ class SSD(nn.Module):
             "num_classes": self.num_classes,
             "image_size": self.image_size,
             "priors": asdict(self.priors),
+            "mean": tuple(self.mean.flatten().tolist()),
+            "std": tuple(self.std.flatten().tolist()),
+            "loss": {**self.loss.matching, **self.loss.loss},
+            "score_threshold": self.score_threshold,
+            "iou_threshold": self.iou_threshold,
+            "topk_per_class": self.topk_per_class,
+            "max_detections": self.max_detections,
         }
 
     def transform(self, images: Images) -> Tensor:
@@ -188,7 +196,8 @@ class SSD(nn.Module):
         Args:
             deltas: ``[B, P, 4]``.
             logits: ``[B, P, C]``.
-            sizes: ``[B, 2]`` ``(h, w)`` in pixels of the images that boxes are meant for; default: ``image_size``.
+            sizes: ``[B, 2]`` ``(h, w)`` in pixels of the images that boxes are meant for, on the model's
+                device; default: ``image_size``.
 
         Returns:
             ``boxes [B, K, 4]``, ``scores [B, K]``, ``labels [B, K]``, ``counts [B]``; ``K`` is ``max_detections``. See
@@ -209,9 +218,8 @@ class SSD(nn.Module):
             variances=self.loss.matching["variances"],
             window=(0.0, 0.0, 1.0, 1.0),
         )
-        if sizes is None:
-            sizes = boxes.new_tensor([self.image_size])
-        return boxes * _extent(sizes).to(boxes)[:, None], scores, labels, counts
+        extent = self.extent if sizes is None else _extent(sizes)
+        return boxes * extent.to(boxes)[:, None], scores, labels, counts
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """The losses where there are targets, else the detections.

@@ -44,7 +44,8 @@ class VGG16(nn.Module):
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i == CONV4_3:
-                maps.append(self.scale.view(1, -1, 1, 1) * F.normalize(x))
+                wide = x.float() if x.dtype == torch.float16 else x  # F.normalize's epsilon is 0 in float16
+                maps.append((self.scale.view(1, -1, 1, 1) * F.normalize(wide)).to(x.dtype))
         maps.append(x)
         for block in self.extras:
             x = block(x)

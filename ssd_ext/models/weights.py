@@ -185,7 +185,7 @@ def _tensors(loaded: object, where: str) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         held = f"a dict of {_some(loaded)}" if isinstance(loaded, Mapping) else type(loaded).__name__
         raise ValueError(f"{where}: expected tensors by name, or a checkpoint with them under 'model', got {held}")
-    state = dict(loaded)
+    state = {key: value.cpu() for key, value in loaded.items()}
     for prefix in ("module.", "_orig_mod."):
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
