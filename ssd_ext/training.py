@@ -43,6 +43,8 @@ class Recipe:
         schedule: ``"cosine"`` down to 0, or ``"step"``: a tenth from each of ``milestones`` on.
         milestones: fractions of all steps.
         warmup: steps over which the rate rises from a thousandth; at most a tenth of all.
+        freeze: first modules of ``model.backbone.features`` to leave as they are, batch statistics included: quicker,
+            and often no worse where the backbone knows more images than the data set has.
         clip_gradient: largest norm of the gradient of all weights together; None does not look.
         amp: ``"bfloat16"`` or ``"float16"`` for the network; the loss computes in float32.
         channels_last: memory format of network and images.
@@ -69,6 +71,7 @@ class Recipe:
     schedule: str = "cosine"
     milestones: tuple[float, ...] = (0.67, 0.83)
     warmup: int = 500
+    freeze: int = 0
     clip_gradient: float | None = None
     amp: str = "none"
     channels_last: bool = False
@@ -91,7 +94,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "save_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("momentum", "weight_decay", "warmup", "workers"):
+        for name in ("momentum", "weight_decay", "warmup", "freeze", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
         for name in ("photometric", "zoom_out", "flip"):
@@ -368,6 +371,21 @@ def _check(model: SSD, train_set, val_set) -> None:
         )
 
 
+def _freeze(model: SSD, count: int) -> Sequence[nn.Module]:
+    features = getattr(model.backbone, "features", ())
+    if count > len(features):
+        raise ValueError(f"freeze must be at most {len(features)}, the features of this backbone, got {count}")
+    for module in features[:count]:
+        module.requires_grad_(False)
+    return features[:count]
+
+
+def _train_mode(network: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    network.train()
+    for module in frozen:
+        module.eval()
+
+
 def plot_history(history: Sequence[dict[str, float]], path: str | Path) -> None:
     """Draw losses, mAP and learning rate of each epoch (:attr:`Run.history`) into a picture file."""
     from matplotlib.figure import Figure
@@ -472,6 +490,7 @@ def fit(
         model.to(memory_format=torch.channels_last)
     if recipe.sync_batch_norm and ranks > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    frozen = _freeze(model, recipe.freeze)
     run = Run(model, recipe, train_set.classes, device)
     run.images = len(train_set)
     if resume and last.exists():
@@ -499,7 +518,7 @@ def fit(
     model.loss.across_ranks = ranks > 1
     try:
         with Journal(out, run, batches, rank) as journal:
-            network.train()
+            _train_mode(network, frozen)
             for images, boxes, labels, counts, names in loader:
                 torch.manual_seed(recipe.seed * 1_000_003 + run.step * ranks + rank)  # of dropout, if there is one
                 images = images.to(device, non_blocking=True, memory_format=layout)
@@ -510,7 +529,7 @@ def fit(
                 if inside == 0:
                     due = epoch % recipe.evaluate_every == 0 or run.step == batches.steps
                     journal.end_epoch(epoch, val_set if due else None)
-                    network.train()
+                    _train_mode(network, frozen)
                 elif run.step % recipe.save_every == 0:
                     journal.save(last)
                 if run.step == stop_at:

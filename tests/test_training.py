@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from ssd_ext import checkpoint
 from ssd_ext.data import augmentation, load_dataset
 from ssd_ext.inference import load_detector
-from ssd_ext.models import SSD
+from ssd_ext.models import SSD, ssdlite320_mobilenet_v2
 from ssd_ext.priors import PriorSpec
 from ssd_ext.training import Augmented, Batches, NonFiniteLossError, Recipe, Run, _join, fit, train_step
 
@@ -185,6 +185,19 @@ def test_few_tensors_leave_a_worker(cards):
     assert images.shape == (12, 3, 64, 64)
     assert sum(counts) == len(boxes) == len(labels)
     assert names == cards.names
+
+
+def test_frozen_features_stay_as_they_are(cards, tmp_path):
+    model = ssdlite320_mobilenet_v2(7, image_size=(96, 96))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = fit(model, cards, Recipe(**{**vars(SHORT), "epochs": 1, "freeze": 5}), tmp_path)
+    for name, value in run.model.state_dict().items():
+        frozen = any(name.startswith(f"backbone.features.{i}.") for i in range(5))
+        moved = not torch.equal(value, before[name])
+        assert not (frozen and moved), name
+        assert frozen or moved or "weight" not in name, name
+    with pytest.raises(ValueError, match="freeze must be at most 19, the features of this backbone, got 20"):
+        fit(model, cards, Recipe(freeze=20), tmp_path / "more")
 
 
 # ---- failures ------------------------------------------------------------------------------------
