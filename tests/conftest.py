@@ -1,6 +1,7 @@
 """Fixtures of the suite."""
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +16,16 @@ if not any((ROOT / "ssd_ext").glob("_C*.so")):  # not built in this tree: the in
 
 from benchmarks.cases.spec import convert  # noqa: E402
 from ssd_ext import _C  # noqa: E402
+
+# Models, data and training stand on torchvision, an optional package.
+collect_ignore = []
+if importlib.util.find_spec("torchvision") is None:
+    collect_ignore = [f"test_{name}.py" for name in ("commands", "data", "models", "training", "weights")]
+
+
+def pytest_report_header():
+    return f"left out without torchvision: {', '.join(collect_ignore)}" if collect_ignore else None
+
 
 # A build with the emulator (tests/cuda_emulator) runs the CUDA kernels on the CPU, in three orders of threads.
 EMULATED = [f"emulated-{seed}" for seed in range(3)] if "emulator" in _C.build_info() else []

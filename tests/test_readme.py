@@ -4,6 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from ssd_ext import ops
@@ -35,12 +36,14 @@ def test_table_names_every_op():
 
 
 def test_code_of_the_training_page_runs():
+    pytest.importorskip("torchvision")
     model = run((ROOT / "docs" / "training.md").read_text())["model"]
     (found,) = model.eval()([torch.rand(3, 50, 70)])
     assert set(found) == {"boxes", "scores", "labels"}
 
 
 def test_commands_of_the_readme_have_these_options():
+    pytest.importorskip("torchvision")
     for line in re.findall(r"^python -m ssd_ext\.(?:train|evaluate|detect) .*", README, re.MULTILINE):
         _, _, module, *arguments = line.split()
         assert not any(word.startswith("/") for word in arguments)
