@@ -20,7 +20,7 @@ from ssd_ext import _C  # noqa: E402
 # Models, data and training stand on torchvision, an optional package.
 collect_ignore = []
 if importlib.util.find_spec("torchvision") is None:
-    collect_ignore = [f"test_{name}.py" for name in ("commands", "data", "models", "training", "weights")]
+    collect_ignore = [f"test_{name}.py" for name in ("commands", "data", "evaluation", "models", "training", "weights")]
 
 
 def pytest_report_header():
