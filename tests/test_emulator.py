@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 from conftest import EMULATED, emulated
 
 from benchmarks.cases import OPS
-from benchmarks.cases.spec import FLOATS, convert
+from benchmarks.cases.spec import FLOATS, convert, tensors_in
 from ssd_ext import _C
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="needs a build with SSD_EXT_EMULATE (see CONTRIBUTING.md)")
@@ -71,7 +72,11 @@ def test_the_cases_launch_every_kernel(generator):
         for inputs in sorted(made, key=lambda inputs: op.traffic(inputs, ())):
             for dtype in FLOATS:
                 if missing(room):
+                    given = convert(inputs, dtype)
+                    leaves = [given[name].requires_grad_() for name in op.differentiable]
                     with emulated(EMULATED[0]):
-                        op.op(**convert(inputs, dtype))
+                        outputs = op.op(**given)
+                        if leaves:
+                            torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
     for room in rooms:
         assert missing(room) == []

@@ -240,6 +240,7 @@ MULTIBOX_LOSS = Op(
         _random("C=1000", 2, 40, 1000, ignored=0.0),
         *(_random(f"C={c}", 1, 33, c) for c in (3, 16, 17, 18, 33, 81)),
         _random("P=2500", 1, 2500, 3),
+        _random("more priors than a GPU's block caches", 1, 10300, 2),
         Case("P=0", lambda g: _images(3, 0, 5, g), peers=False),
         Case("B=0", lambda g: _images(0, 7, 5, g), peers=False),
         _random("no positive", 3, 50, 7, positives=0.0),
