@@ -49,6 +49,7 @@ class Recipe:
         amp: ``"bfloat16"`` or ``"float16"`` for the network; the loss computes in float32.
         channels_last: memory format of network and images.
         ema: decay of an average of the weights that is evaluated and kept instead of them; None for none.
+        crop: whether images are cropped.
         photometric: this and the next two are probabilities of :func:`ssd_ext.data.augmentation`.
         zoom_out: of placing an image on a larger canvas.
         flip: of mirroring an image; 0 where left and right matter, as in writing.
@@ -76,6 +77,7 @@ class Recipe:
     amp: str = "none"
     channels_last: bool = False
     ema: float | None = None
+    crop: bool = True
     photometric: float = 0.5
     zoom_out: float = 0.5
     flip: float = 0.5
@@ -506,7 +508,9 @@ def fit(
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     batches = Batches(len(train_set), recipe, run.step, rank, ranks)
-    augment = augmentation(model.image_size, photometric=recipe.photometric, zoom_out=recipe.zoom_out, flip=recipe.flip)
+    augment = augmentation(
+        model.image_size, photometric=recipe.photometric, zoom_out=recipe.zoom_out, crop=recipe.crop, flip=recipe.flip
+    )
     loader = DataLoader(
         Augmented(train_set, augment),
         batch_sampler=batches,

@@ -37,7 +37,7 @@ def xavier_(module: nn.Module) -> None:
 class SSD(nn.Module):
     """A single shot detector: a backbone of several feature maps, two heads on each, priors.
 
-    Images are RGB in 0..1; each is resized to ``image_size`` (bilinear, as torchvision's detectors do) and
+    Images are RGB in 0..1; each is resized to ``image_size`` (bilinear) and
     normalised by ``mean`` and ``std``. Boxes are corners ``(x1, y1, x2, y2)`` in pixels of the images as given;
     labels are int64, 0 being background.
 
@@ -52,6 +52,8 @@ class SSD(nn.Module):
         mean: of the input, RGB in 0..1.
         std: of the input, RGB in 0..1.
         loss: the training loss; default: :class:`ssd_ext.MultiBoxLoss` with the paper's settings.
+        antialias: resize images as :func:`ssd_ext.data.augmentation` does; torchvision's detectors do without, and
+            :func:`ssd_ext.models.load_weights` turns it off for weights that were trained so.
         score_threshold: these four as in :func:`ssd_ext.ops.detect`; attributes, to be changed at will.
         iou_threshold: of NMS.
         topk_per_class: candidates of each class.
@@ -81,6 +83,7 @@ class SSD(nn.Module):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         loss: MultiBoxLoss | None = None,
+        antialias: bool = True,
         score_threshold: float = 0.01,
         iou_threshold: float = 0.45,
         topk_per_class: int = 400,
@@ -113,6 +116,7 @@ class SSD(nn.Module):
         self.class_heads.to(memory_format=torch.channels_last)
 
         self.loss = MultiBoxLoss() if loss is None else loss
+        self.antialias = antialias
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold
         self.topk_per_class = topk_per_class
@@ -133,6 +137,7 @@ class SSD(nn.Module):
             "mean": tuple(self.mean.flatten().tolist()),
             "std": tuple(self.std.flatten().tolist()),
             "loss": {**self.loss.matching, **self.loss.loss},
+            "antialias": self.antialias,
             "score_threshold": self.score_threshold,
             "iou_threshold": self.iou_threshold,
             "topk_per_class": self.topk_per_class,
@@ -159,7 +164,7 @@ class SSD(nn.Module):
     def _resize(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) == self.image_size:
             return images
-        return F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
+        return F.interpolate(images, self.image_size, mode="bilinear", align_corners=False, antialias=self.antialias)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The raw predictions of a batch from :meth:`transform`.

@@ -128,7 +128,8 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
       ``vgg16_reducedfc``. fc6 and fc7 become conv6 and conv7, every fourth channel and every third cell.
 
     A detector of another number of classes leaves the model's class heads as they are; ``skipped`` lists its own.
-    Either all of this is possible, or the model is unchanged.
+    Either all of this is possible, or the model is unchanged. Detectors of torchvision and amdegroot turn the model's
+    ``antialias`` off: they were trained on images resized without.
 
     Args:
         model: one of :data:`ssd_ext.models.MODELS`, or of another backbone for files of ours.
@@ -160,6 +161,8 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     if convention:
         _convert(ours, convention, model, where)
     model.load_state_dict(ours, strict=False)
+    if layout.name in ("torchvision detector", "amdegroot detector"):
+        model.antialias = False
     _warn_of_priors(layout, model)
     return LoadReport(
         f"{layout.name}, {convention}" if convention else layout.name, list(ours), skipped, layout.detector
