@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1) sum_kernel(const IntOf
   const int64_t image = blockIdx.x;
   int64_t positives = 0;
   double loc = 0, conf = 0;
+#pragma unroll 1  // copies of all that a term takes would spill registers
   for (int64_t i = threadIdx.x; i < n; i += kSums) {
     const IntOf<C> rank = ranks[image * n + i];
     if (rank == kAbsent<C>) continue;
@@ -198,6 +199,7 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1) sum_kernel(const IntOf
     if (labels[image * n + i] <= 0) continue;
     ++positives;
     double term = 0;
+#pragma unroll 1
     for (int d = 0; d < 4; ++d) term += smooth_l1(delta_error(deltas, targets, image, i, d), loss.beta);
     loc += term;
   }
