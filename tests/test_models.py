@@ -19,6 +19,7 @@ from model_cases import (  # noqa: E402
 )
 from torchvision.models import detection  # noqa: E402
 from torchvision.models.detection.transform import GeneralizedRCNNTransform  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
 
 from ssd_ext import MultiBoxLoss, ops  # noqa: E402
 from ssd_ext.models import MODELS, create, ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
@@ -37,6 +38,7 @@ def pair():
 @torch.no_grad()
 def test_detections_of_torchvision(pair):
     ours, theirs = (model.eval() for model in pair)
+    assert not ours.antialias, "they are trained without"
     images = photographs("IMG_2614", "cam_image36") + pictures(SIZES[2:])
     assert_same_detections(ours(images), theirs(images))
 
@@ -62,7 +64,7 @@ def test_loss_and_gradient_of_torchvision(pair):
 
 @pytest.mark.parametrize("size", [(300, 300), (200, 340)])
 def test_transform_of_torchvision(size):
-    model = ssdlite320_mobilenet_v2(num_classes=2, image_size=size)
+    model = ssdlite320_mobilenet_v2(num_classes=2, image_size=size, antialias=False)
     # torchvision's fixed_size is (width, height)
     theirs = GeneralizedRCNNTransform(
         0, 0, model.mean.flatten().tolist(), model.std.flatten().tolist(), size_divisible=1, fixed_size=size[::-1]
@@ -70,6 +72,13 @@ def test_transform_of_torchvision(size):
     assert torch.equal(model.transform(pictures()), theirs.eval()(pictures())[0].tensors)
     batch = torch.stack(pictures(((90, 80),) * 2))
     assert torch.equal(model.transform(batch), model.transform(list(batch)))
+
+
+def test_images_to_detect_are_resized_as_those_to_train():
+    model = ssdlite320_mobilenet_v2(num_classes=2, image_size=(60, 70))
+    (image,) = pictures(((480, 640),))
+    expected = (v2.functional.resize(image, (60, 70), antialias=True) - model.mean) / model.std
+    torch.testing.assert_close(model.transform([image])[0], expected)
 
 
 @pytest.mark.parametrize(
