@@ -49,7 +49,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
         if path.suffix == ".safetensors":
             return _safetensors(path, map_location)
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (FileNotFoundError, IsADirectoryError, PermissionError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: corrupt, or holds more than tensors (it is read with weights_only=True)") from error
