@@ -13,10 +13,18 @@ from torch import distributed
 from ssd_ext import _cli
 from ssd_ext.data import load_dataset
 from ssd_ext.models import MODELS, create, load_weights
-from ssd_ext.training import AMP, SCHEDULES, Recipe, fit, plot_history
+from ssd_ext.training import AMP, OPTIMIZERS, SCHEDULES, Recipe, fit, plot_history
 
 # What differs from Recipe's defaults, which are those of the paper's VGG.
-RECIPES = {"ssdlite320_mobilenet_v2": {"lr": 0.02, "weight_decay": 4e-5, "batch_size": 16, "warmup": 100}}
+RECIPES = {
+    "ssdlite320_mobilenet_v2": {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.02,
+        "batch_size": 16,
+        "warmup": 100,
+    },
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
             recipe.add_argument(name, type=float, nargs="+")
         else:
             kind = {"clip_gradient": float, "ema": float}.get(field.name, type(field.default))
-            choices = {"amp": tuple(AMP), "schedule": SCHEDULES}.get(field.name)
+            choices = {"amp": tuple(AMP), "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.get(field.name)
             recipe.add_argument(name, type=kind, choices=choices, metavar=None if choices else "N")
     return made
 
