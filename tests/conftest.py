@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:  # each its part of the cores; threads that spin while they wait would take them from the others
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // WORKERS)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 if not any((ROOT / "ssd_ext").glob("_C*.so")):  # not built in this tree: the installed ssd_ext is meant

@@ -1,5 +1,6 @@
 """The command lines, as a user runs them: train, evaluate and detect on the sample."""
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssd_ext import MultiBoxLoss, checkpoint
+from ssd_ext import MultiBoxLoss, _cli, checkpoint
 from ssd_ext.data import load_dataset
 from ssd_ext.detect import _distinct_names, image_files
 from ssd_ext.inference import load_detector
@@ -23,7 +24,7 @@ from ssd_ext.models import ssd300_vgg16, ssdlite320_mobilenet_v2
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "playing_cards"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-FEW = ("--split", "few", "--model", "ssdlite320_mobilenet_v2", "--image-size", "160", "160", "--workers", "0")
+SMALL = ("--model", "ssdlite320_mobilenet_v2", "--image-size", "160", "160", "--workers", "0")
 
 
 def command(name, *arguments, start=False, **environment):
@@ -34,65 +35,43 @@ def command(name, *arguments, start=False, **environment):
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def cards(tmp_path_factory):
-    """A copy of the sample with a split of four photographs."""
-    folder = tmp_path_factory.mktemp("data") / "cards"
-    shutil.copytree(SAMPLE, folder)
-    names = (folder / "ImageSets/Main/train.txt").read_text().split()
-    (folder / "ImageSets/Main/few.txt").write_text("\n".join(names[:4]))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(cards, tmp_path_factory):
-    """A run that has seen nothing but those four, for so long that it knows them."""
-    out = tmp_path_factory.mktemp("run")
-    recipe = ("--epochs", 120, "--batch-size", 4, "--lr", 0.05, "--warmup", 10, "--evaluate-every", 120)
-    recipe += ("--no-crop", "--flip", 0, "--zoom-out", 0, "--photometric", 0)
-    done = command("train", cards, "--out", out, *FEW, "--val-split", "few", *recipe)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 @pytest.mark.slow
-def test_training_overfits_a_few_photographs(cards, trained):
-    history = checkpoint.load(trained / "last.pt")["training"]["history"]
-    assert len(history) == 120
-    assert history[-1]["classification"] < 0.05
-    assert history[-1]["bbox_regression"] < 0.05
-    assert {path.name for path in trained.iterdir()} >= {"last.pt", "best.pt", "curves.png"}
-    figures = trained / "figures.json"
+def test_learns_photographs_by_heart_and_finds_their_cards(tmp_path):
+    run = tmp_path / "run"
+    recipe = ("--epochs", 60, "--batch-size", 6, "--optimizer", "sgd", "--lr", 0.03, "--warmup", 10, "--channels-last")
+    recipe += ("--no-crop", "--flip", 0, "--zoom-out", 0, "--photometric", 0)
+    done = command("train", SAMPLE, "--out", run, *SMALL, *recipe)
+    assert done.returncode == 0, done.stderr
+    history = checkpoint.load(run / "last.pt")["training"]["history"]
+    assert len(history) == 60
+    assert history[-1]["classification"] < 0.2
+    assert history[-1]["bbox_regression"] < 0.2
+    assert (run / "curves.png").stat().st_size > 1000
+
+    figures = run / "figures.json"
     done = command(
-        "evaluate", cards, "--split", "few", "--weights", trained / "last.pt", "--json", figures,
-        "--metrics", "voc12", "voc07", "coco", "--plot", trained / "pr.png",
+        "evaluate", SAMPLE, "--split", "train", "--weights", run / "last.pt", "--json", figures,
+        "--metrics", "voc12", "voc07", "coco", "--plot", run / "pr.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
-    # Four images are too few for the statistics of batch normalisation: what it learnt by heart it finds in part.
-    assert found["voc12"]["mAP"] > 0.25, done.stdout
-    assert found["voc07"]["mAP"] > 0.25
-    assert found["coco"]["AP50"] > 0.25
-    assert (trained / "pr.png").stat().st_size > 1000
+    assert found["voc12"]["mAP"] > 0.5, done.stdout
+    assert found["voc07"]["mAP"] > 0.5
+    assert found["coco"]["AP50"] > 0.5
+    assert (run / "pr.png").stat().st_size > 1000
 
-
-@pytest.mark.slow
-def test_detection_writes_pictures_and_boxes(cards, trained, tmp_path):
-    names = (cards / "ImageSets/Main/few.txt").read_text().split()
-    for name in names:
-        shutil.copy(next((cards / "JPEGImages").glob(name + ".*")), tmp_path)
-    done = command(
-        "detect", tmp_path, "--weights", trained / "last.pt", "--out", tmp_path / "found", "--threshold", 0.2
-    )
+    names = (SAMPLE / "ImageSets/Main/train.txt").read_text().split()
+    photographs = [next((SAMPLE / "JPEGImages").glob(name + ".*")) for name in names]
+    done = command("detect", *photographs, "--weights", run / "last.pt", "--out", run / "found", "--threshold", 0.2)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d+\.\d images/s; \d+\.\d without post-processing", done.stdout)
-    found = json.loads((tmp_path / "found" / "detections.json").read_text())
-    assert [Path(image["image"]).stem for image in found] == sorted(names)
-    classes = checkpoint.load(trained / "last.pt")["classes"]
+    found = json.loads((run / "found" / "detections.json").read_text())
+    assert [image["image"] for image in found] == [str(path) for path in photographs]
+    classes = checkpoint.load(run / "last.pt")["classes"]
     assert any(image["detections"] for image in found)
     for image in found:
         with Image.open(image["image"]) as picture:
-            assert Image.open(tmp_path / "found" / (Path(image["image"]).stem + ".jpg")).size == picture.size
+            assert Image.open(run / "found" / (Path(image["image"]).stem + ".jpg")).size == picture.size
             for thing in image["detections"]:
                 x1, y1, x2, y2 = thing["box"]
                 assert 0 <= x1 < x2 <= picture.width
@@ -102,12 +81,11 @@ def test_detection_writes_pictures_and_boxes(cards, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_and_resumed(cards, tmp_path):
+def test_killed_in_mid_epoch_and_resumed(tmp_path):
     recipe = ("--epochs", 2, "--batch-size", 2, "--warmup", 2, "--save-every", 2, "--seed", 5)
-    split = ("--split", "train", *FEW[2:])
-    whole = command("train", cards, "--out", tmp_path / "whole", *split, *recipe)
+    whole = command("train", SAMPLE, "--out", tmp_path / "whole", *SMALL, *recipe)
     assert whole.returncode == 0, whole.stderr
-    process = command("train", cards, "--out", tmp_path / "parts", *split, *recipe, start=True)
+    process = command("train", SAMPLE, "--out", tmp_path / "parts", *SMALL, *recipe, start=True)
     last = tmp_path / "parts" / "last.pt"
     until = time.monotonic() + 120
     while not last.exists() and time.monotonic() < until:
@@ -115,7 +93,7 @@ def test_killed_in_mid_epoch_and_resumed(cards, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < checkpoint.load(last)["training"]["step"] < 12
-    done = command("train", cards, "--out", tmp_path / "parts", *split, *recipe, "--resume")
+    done = command("train", SAMPLE, "--out", tmp_path / "parts", *SMALL, *recipe, "--resume")
     assert done.returncode == 0, done.stderr
     one, two = (checkpoint.load(tmp_path / run / "last.pt")["model"] for run in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -145,13 +123,13 @@ def _bad_checkpoint(path):
         (("detect", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
     ],
 )
-def test_bad_input_is_one_sentence(cards, tmp_path, monkeypatch, arguments, text):
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names").write_text("king\njack\n")
     (tmp_path / "text.pt").write_text("text")
     (tmp_path / "empty").mkdir()
     (tmp_path / "photos").mkdir()
-    shutil.copy(next((cards / "JPEGImages").iterdir()), tmp_path / "photos")
+    shutil.copy(next((SAMPLE / "JPEGImages").iterdir()), tmp_path / "photos")
     checkpoint.save({"x": torch.ones(1)}, tmp_path / "bare.pt")
     _bad_checkpoint(tmp_path / "yolo.pt")
     model = ssdlite320_mobilenet_v2(3)
@@ -160,9 +138,18 @@ def test_bad_input_is_one_sentence(cards, tmp_path, monkeypatch, arguments, text
     if "vgg.pt" in arguments:
         backbone = {k.removeprefix("backbone."): v for k, v in ssd300_vgg16(2).state_dict().items() if "features" in k}
         checkpoint.save(backbone, tmp_path / "vgg.pt")
-    done = command(*[str(cards) if a == "CARDS" else a for a in arguments])
-    assert done.returncode == 1, done.stderr
-    assert text in done.stderr
+    name, *rest = [str(SAMPLE) if a == "CARDS" else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", [f"ssd_ext.{name}", *rest])
+    with pytest.raises(SystemExit) as ended:
+        _cli.run(importlib.import_module(f"ssd_ext.{name}").main)
+    assert ended.value.code.startswith("ssd_ext: ")
+    assert "\n" not in ended.value.code
+    assert text in ended.value.code
+
+
+def test_a_command_that_fails_says_so_to_the_shell(tmp_path):
+    done = command("evaluate", SAMPLE, "--weights", tmp_path / "none.pt")
+    assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ssd_ext: ")
     assert "Traceback" not in done.stderr
 
@@ -194,7 +181,7 @@ def test_trains_on_a_coco_file(tmp_path):
     shutil.copytree(SAMPLE / "JPEGImages", tmp_path / "images")
     file = tmp_path / "instances.json"
     file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    recipe = ("--epochs", 1, "--batch-size", 2, *FEW[2:])
+    recipe = ("--epochs", 1, "--batch-size", 2, *SMALL)
     done = command("train", file, "--val-data", file, "--out", tmp_path / "run", *recipe)
     assert done.returncode == 0, done.stderr
     done = command("evaluate", file, "--weights", tmp_path / "run" / "last.pt", "--metrics", "coco")
