@@ -196,7 +196,7 @@ def test_benchmark_of_models_runs(tmp_path):
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "model.json").read_text())["results"]
-    assert {row["what"] for row in rows} >= {"heads", "detect", "images", "step"}
+    assert {row["what"] for row in rows} >= {"heads", "ops", "detect", "images", "step"}
     assert "share of the ops" in done.stdout
 
 

@@ -250,11 +250,25 @@ class SSD(nn.Module):
         sizes = torch.tensor([image.shape[-2:] for image in images]).view(-1, 2).to(batch.device, non_blocking=True)
         if targets is None:
             return unpad(*self.predict(batch, sizes))
-        deltas, logits = self.heads(batch)
-        return self._losses(deltas, logits, targets, _extent(sizes).to(self.prior_boxes))
+        return self.losses(*self.heads(batch), targets, sizes)
 
-    def _losses(self, deltas: Tensor, logits: Tensor, targets: Targets, extents: Tensor) -> dict[str, Tensor]:
+    def losses(self, deltas: Tensor, logits: Tensor, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
+        """The losses from what :meth:`heads` gave.
+
+        Args:
+            deltas: ``[B, P, 4]``.
+            logits: ``[B, P, C]``.
+            targets: as :meth:`forward` takes them.
+            sizes: ``[B, 2]`` ``(h, w)`` in pixels of the images that the targets' boxes are in.
+
+        Returns:
+            As :meth:`forward`.
+
+        Raises:
+            ValueError: as :meth:`detections`, and as :meth:`forward` of targets.
+        """
         self.priors.check(deltas.shape[1])
+        extents = _extent(sizes).to(self.prior_boxes)
         boxes = [_boxes(target["boxes"], i).to(extents) for i, target in enumerate(targets)]
         relative = [of_image / extent for of_image, extent in zip(boxes, extents, strict=True)]
         loc, conf = self.loss(deltas, logits, relative, [target["labels"] for target in targets], self.prior_boxes)
