@@ -1,4 +1,4 @@
-"""SSD outside of a training script: one graph from images to detections, and a file of standard ONNX operators.
+"""SSD as one graph from images to detections, to be compiled, exported or captured, and as standard ONNX operators.
 
 >>> from ssd_ext import export
 >>> program = export.program(model)  # for torch.export.save, AOTInductor, or export.onnx
@@ -28,7 +28,7 @@ class EndToEnd(nn.Module):
     """Images to padded detections in one graph: what to compile, export or capture in a CUDA graph.
 
     Args:
-        model: set to eval mode. Its settings, such as ``score_threshold``, are those at the time of a compilation.
+        model: set to eval mode. Exported or captured, its settings, such as ``score_threshold``, are fixed.
     """
 
     def __init__(self, model: "SSD"):
@@ -178,8 +178,8 @@ def _detect(
     )
 
 
-# What NonMaxSuppression keeps has a length that depends on data; as a map of scores it has not. The op stands in a
-# program for the nodes of _nms_scores_in_onnx and has no kernel.
+# What NonMaxSuppression keeps has a length that depends on data; written back as scores it has not, and torch.export
+# can follow. The op only stands for the nodes of _nms_scores_in_onnx: it has no kernel.
 define("nms_scores(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
 
 

@@ -1,5 +1,8 @@
 """Images to detections in one graph: compiled, exported, packaged, captured, and as ONNX."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from benchmarks.cases.detect import DETECT  # noqa: E402
 from benchmarks.cases.spec import convert  # noqa: E402
+from examples import serve  # noqa: E402
 from ssd_ext import _C, export, ops, unpad  # noqa: E402
 from ssd_ext.models import ssdlite320_mobilenet_v2  # noqa: E402
 
@@ -251,3 +255,28 @@ def test_without_onnx(package, python):
     code = f"import sys; sys.modules[{package!r}] = None; from ssd_ext import export; export.onnx(None, 'x')"
     assert 'pip install "ssd_ext[export]"' in python("-c", code).stderr
     assert python("-c", "from ssd_ext import export; import sys; assert 'onnx' not in sys.modules").returncode == 0
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("page", [pytest.param("docs/export.md", marks=pytest.mark.slow), "examples/README.md"])
+def test_code_of_the_pages_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    classes = ["nine", "ten", "jack"]
+    monkeypatch.setattr("ssd_ext.inference.load_detector", lambda path: (spread(small()).eval(), classes))
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        exec(compile(code, page, "exec"), names)
+    found = names["model"].cpu()(names.get("images", torch.rand(1, 3, 32, 32)))
+    assert len(found[0]["labels"]) > 20
+    if "counts" in names:
+        assert names["counts"].tolist() == [len(image["labels"]) for image in found]
+    else:
+        assert Path("cards.txt").read_text().split() == classes and Path("cards.pt2").is_file()
+
+
+@pytest.mark.parametrize("page", ["docs/export.md", "examples/README.md"])
+def test_commands_of_the_pages_have_these_options(page):
+    (line,) = re.findall(r"^python (examples/serve.py) (.*)", (ROOT / page).read_text(), re.MULTILINE)
+    assert serve.parser().parse_args(line[1].split()).classes == "cards.txt"

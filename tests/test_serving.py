@@ -5,7 +5,11 @@ import gc
 import http.client
 import io
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +69,7 @@ def request(*images):
     return json.dumps({"images": texts})
 
 
+@torch.inference_mode()
 def expected(model, path):
     """What the model itself finds, as the server tells it."""
     (found,) = model([read_image(path) / 255])
@@ -87,7 +92,6 @@ def assert_told(answer, wanted):
             )
 
 
-@torch.inference_mode()
 def test_answers_are_the_models(client, model):
     status, answer = ask(client, request(*(path.read_bytes() for path in PHOTOGRAPHS[:3])))
     assert status == 200
@@ -95,7 +99,6 @@ def test_answers_are_the_models(client, model):
         assert_told(image, expected(model, path))
 
 
-@torch.inference_mode()
 def test_concurrent_requests_get_their_own_answers(server, model):
     wanted = [expected(model, path) for path in PHOTOGRAPHS]
     data = [path.read_bytes() for path in PHOTOGRAPHS]
@@ -135,7 +138,6 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("broken", "message"), BROKEN, ids=[message[:24] for _, message in BROKEN])
-@torch.inference_mode()
 def test_a_broken_image_harms_no_other(client, model, broken, message):
     status, answer = ask(client, request(GOOD, broken, GOOD))
     assert status == 200
@@ -186,6 +188,24 @@ def test_a_failure_inside_is_told(client, server, monkeypatch, capfd):
     assert status == 500 and answer.keys() == {"error"}
     assert "out of luck" in capfd.readouterr().err
     assert ask(client, request(GOOD))[0] == 200
+
+
+def test_the_command(model, tmp_path):
+    torch.export.save(export.program(model), tmp_path / "detector.pt2")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    arguments = ["detector.pt2", "--classes", "classes.txt", "--threshold", "0.4", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, serve.__file__, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as started:
+        try:
+            address = re.search(r"http://([\d.]+):(\d+)/detect", started.stdout.readline()).groups()
+            connection = http.client.HTTPConnection(*address, timeout=60)
+            status, answer = ask(connection, request(GOOD))
+        finally:
+            started.terminate()
+    assert status == 200
+    assert_told(answer["images"][0], expected(model, PHOTOGRAPHS[0]))
 
 
 def resident():
