@@ -1,0 +1,229 @@
+"""A detector behind HTTP: JSON with images in, JSON with what is on them out.
+
+    python examples/serve.py cards.pt2 --classes cards.txt
+
+``cards.pt2`` is ``torch.export.save(ssd_ext.export.program(model), "cards.pt2")``. ``POST /detect`` takes
+``{"images": [base64 of an image file, ...]}`` and answers, in their order,
+``{"images": [{"detections": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]} or {"error": "..."}, ...]}``:
+boxes in pixels of the image (turned upright by its EXIF orientation), by falling score. A request that cannot be
+understood gets a status of 4xx and ``{"error": "..."}``.
+"""
+
+import argparse
+import base64
+import io
+import json
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd_ext import unpad
+from ssd_ext.data import read_image
+
+MAX_BODY = 32 * 2**20  # bytes of a request
+MAX_IMAGES = 32  # of a request
+MAX_PIXELS = 25_000_000  # of an image: a small file can hold a huge one
+
+
+class Detector:
+    """The exported program, from base64 to what the answer says.
+
+    Args:
+        path: of what ``torch.export.save`` wrote of :func:`ssd_ext.export.program`.
+        classes: the names of labels 1, 2, ...; without, the labels are told as numbers.
+        threshold: of the scores that are told.
+        antialias: as the model's own: images are resized here as it resizes them.
+    """
+
+    def __init__(
+        self, path: str | Path, classes: Sequence[str] = (), *, threshold: float = 0.5, antialias: bool = True
+    ):
+        """See the class for the arguments."""
+        program = torch.export.load(path)
+        (self.example,), _ = program.example_inputs
+        self.module = program.module()
+        self.classes, self.threshold, self.antialias = list(classes), threshold, antialias
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> list[dict]:
+        """``{"detections": [...]}`` or ``{"error": "..."}`` of each image."""
+        answers: list[dict] = [{} for _ in texts]
+        inputs, sizes = {}, {}
+        for i, text in enumerate(texts):
+            try:
+                image = decode(text)
+            except ValueError as error:
+                answers[i]["error"] = str(error)
+                continue
+            inputs[i], sizes[i] = self._resized(image), image.shape[-2:]
+        if inputs:
+            found = unpad(*(x.cpu() for x in self.module(torch.cat(list(inputs.values())))))
+            for i, of_image in zip(inputs, found, strict=True):
+                answers[i]["detections"] = self._told(of_image, sizes[i])
+        return answers
+
+    def _resized(self, image: Tensor) -> Tensor:
+        image = image.to(self.example.device, self.example.dtype)[None] / 255
+        size = self.example.shape[-2:]
+        return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=self.antialias)
+
+    def _told(self, found: dict[str, Tensor], size: tuple[int, int]) -> list[dict]:
+        (height, width), (rows, columns) = size, self.example.shape[-2:]
+        shown = found["scores"] > self.threshold
+        boxes = found["boxes"][shown] * torch.tensor([width / columns, height / rows]).repeat(2)
+        values = (found["labels"][shown].tolist(), found["scores"][shown].tolist(), boxes.tolist())
+        return [
+            {
+                "label": self.classes[label - 1] if self.classes else label,
+                "score": round(score, 4),
+                "box": [round(x, 1) for x in box],
+            }
+            for label, score, box in zip(*values, strict=True)
+        ]
+
+
+def decode(text: str) -> Tensor:
+    """The image file in ``text``, base64, as uint8 ``[3, h, w]``; ValueError says what is wrong with it."""
+    if not isinstance(text, str):
+        raise ValueError(f"an image must be a string of base64, got {json.dumps(text)[:40]}")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"not base64: {error}") from error
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            width, height = header.size
+    except Exception as error:  # what PIL raises for a broken header is not documented
+        raise ValueError("not an image of a known kind, or broken") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"an image may have {MAX_PIXELS} pixels, got {width} x {height}")
+    try:
+        return read_image(io.BytesIO(data))
+    except ValueError as error:
+        raise ValueError(f"cannot be decoded: {error.__cause__}") from error
+
+
+class Refused(Exception):
+    """A request that gets no answer but this one."""
+
+    def __init__(self, status: int, message: str):
+        """``status``: of HTTP, 4xx."""
+        super().__init__(message)
+        self.status = status
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection, one more for the detector.
+
+    A detector in each thread would start its own OpenMP workers there, and images of all requests would lie in
+    memory decoded at once.
+    """
+
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], detector: Detector):
+        """``address``: host and port; port 0 takes a free one, see ``server_address``."""
+        super().__init__(address, Handler)
+        self.detector, self.worker = detector, ThreadPoolExecutor(1)
+
+    def detect(self, texts: Sequence[str]) -> list[dict]:
+        """The detector's answers; waits for its turn."""
+        return self.worker.submit(self.detector, texts).result()
+
+    def server_close(self):
+        """Let the detector finish."""
+        super().server_close()
+        self.worker.shutdown()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Requests of one connection, one after the other."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a byte from the client
+    disable_nagle_algorithm = True  # else a body waits for the client to acknowledge its headers
+
+    def do_POST(self):
+        """Answer ``/detect``."""
+        try:
+            status, answer = 200, {"images": self.server.detect(self._texts())}
+        except Refused as refusal:
+            status, answer = refusal.status, {"error": str(refusal)}
+            self.close_connection = True  # its body may not have been read
+        except OSError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            status, answer = 500, {"error": "the detector failed; the server's log says why"}
+        self._send(status, answer)
+
+    def do_GET(self):
+        """There is nothing to get."""
+        self._send(405, {"error": "POST to /detect"})
+
+    def _texts(self) -> list[str]:
+        if self.path != "/detect":
+            raise Refused(404, f"no such path: {self.path}; POST to /detect")
+        length = self.headers.get("Content-Length")
+        if length is None:
+            raise Refused(411, "Content-Length is missing")
+        if not length.isdecimal():
+            raise Refused(400, f"Content-Length must be a number of bytes, got {length!r}")
+        if int(length) > MAX_BODY:
+            raise Refused(413, f"a request may have {MAX_BODY} bytes, got {length}")
+        try:
+            request = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, f"the body is not JSON: {error}") from error
+        texts = request.get("images") if isinstance(request, dict) else None
+        if not isinstance(texts, list):
+            raise Refused(400, 'the body must be {"images": [base64, ...]}')
+        if len(texts) > MAX_IMAGES:
+            raise Refused(413, f"a request may have {MAX_IMAGES} images, got {len(texts)}")
+        return texts
+
+    def _send(self, status: int, answer: dict) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(description="Serve a detector over HTTP.")
+    made.add_argument("detector", metavar="FILE.pt2", help="written by torch.export.save")
+    made.add_argument("--classes", metavar="FILE", help="names of the classes, one a line")
+    made.add_argument("--threshold", type=float, default=0.5, help="least score (default: %(default)s)")
+    made.add_argument("--no-antialias", action="store_true", help="for a model whose antialias is False")
+    made.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    made.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; ``argv`` is by default that of the process."""
+    args = parser().parse_args(argv)
+    classes = Path(args.classes).read_text().split("\n") if args.classes else ()
+    detector = Detector(
+        args.detector, [name for name in classes if name], threshold=args.threshold, antialias=not args.no_antialias
+    )
+    with Server((args.host, args.port), detector) as server:
+        host, port = server.server_address
+        print(f"serving {args.detector} at http://{host}:{port}/detect", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Images to detections in one graph: compiled, exported, packaged, captured, and as ONNX."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from model_cases import assert_same_detections, photographs, pictures, small, spread  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from benchmarks.cases.detect import DETECT  # noqa: E402
+from benchmarks.cases.spec import convert  # noqa: E402
+from examples import serve  # noqa: E402
+from ssd_ext import _C, export, ops, unpad  # noqa: E402
+from ssd_ext.models import ssdlite320_mobilenet_v2  # noqa: E402
+
+NAMES = ("IMG_2614", "cam_image36", "IMG_2383", "IMG_2540", "cam_image54")
+BUILDERS = {"small": small, "ssdlite": lambda: ssdlite320_mobilenet_v2(num_classes=4, image_size=(96, 128))}
+SIZES = {"small": (60, 50), "ssdlite": None}  # the small one resizes inside
+
+
+def batch_of(size, names=NAMES):
+    """Photographs of one size."""
+    return torch.cat(
+        [F.interpolate(image[None], size, mode="bilinear", antialias=True) for image in photographs(*names)]
+    )
+
+
+def untrained(name, images):
+    """A model with random weights to which ``images`` are no strangers: it tells them apart."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train().heads(model.transform(images))
+    logits = model.eval().heads(model.transform(images))[1]
+    for head in model.class_heads:
+        [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)][-1].weight *= 2 / logits.std()
+    return model
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("ssdlite", marks=pytest.mark.slow)])
+def case(request):
+    """A model, the size of its images as given to program(), and a batch of five photographs."""
+    size = SIZES[request.param]
+    images = batch_of(size or BUILDERS[request.param]().image_size)
+    with torch.no_grad():
+        return untrained(request.param, images), size, images
+
+
+def assert_equal_detections(found, expected):
+    found, expected = tuple(found), tuple(expected)
+    assert torch.equal(found[3], expected[3]), "counts"
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)  # in order: equal ones may be swapped
+    assert_same_detections(unpad(*found), unpad(*expected))
+
+
+@torch.no_grad()
+def test_end_to_end_is_the_model(case):
+    model, _, images = case
+    for found, expected in zip(unpad(*export.EndToEnd(model)(images)), model(images), strict=True):
+        assert len(found["labels"]) > 20
+        for key in expected:
+            assert torch.equal(found[key], expected[key])
+
+
+@torch.no_grad()
+def test_compiled_without_a_break_and_once_for_all_batch_sizes(case):
+    model, _, images = case
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    module = export.EndToEnd(model)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for length in (2, 3, 5, 4):
+        assert_equal_detections(compiled(images[:length]), module(images[:length]))
+    assert backend.frame_count == 2, "the first size, then any"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_by_inductor(case):
+    model, _, images = case
+    torch.compiler.reset()
+    module = export.EndToEnd(model)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for length in (2, 5):
+        assert_equal_detections(compiled(images[:length]), module(images[:length]))
+
+
+@torch.no_grad()
+def test_program_in_another_process(case, tmp_path, python):
+    model, size, images = case
+    torch.export.save(export.program(model, size), tmp_path / "detector.pt2")
+    torch.save(images, tmp_path / "images.pt")
+    code = """if True:
+        import torch, ssd_ext
+        detect, images = torch.export.load("detector.pt2").module(), torch.load("images.pt")
+        torch.save([detect(images[:length]) for length in (5, 2, 1, 0)], "found.pt")
+    """
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    for found in torch.load(tmp_path / "found.pt"):
+        assert_equal_detections(found, export.EndToEnd(model)(images[: len(found[3])]))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_package_of_aotinductor(case, tmp_path):
+    model, size, images = case
+    path = torch._inductor.aoti_compile_and_package(
+        export.program(model, size), package_path=str(tmp_path / "detector.pt2")
+    )
+    detect = torch._inductor.aoti_load_package(path)
+    for length in (5, 2, 1, 0):
+        assert_equal_detections(detect(images[:length]), export.EndToEnd(model)(images[:length]))
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and "cuda" in _C.build_info()), reason="needs a GPU and a CUDA build"
+)
+@torch.no_grad()
+def test_cuda_graph(case):
+    model, _, images = case
+    module, images = export.EndToEnd(model).cuda(), images.cuda()
+    given = torch.zeros_like(images)
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            module(given)  # sets up what a capture may not
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = module(given)
+        for order in (images, images.flip(0)):
+            given.copy_(order)
+            graph.replay()
+            expected = module(order)
+            assert_equal_detections([x.cpu() for x in found], [x.cpu() for x in expected])
+    finally:
+        model.cpu()
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def run(session, **inputs):
+    """What ONNX Runtime computes of those inputs that the graph has."""
+    names = {given.name for given in session.get_inputs()}
+    found = session.run(None, {name: x.numpy() for name, x in inputs.items() if name in names})
+    return [torch.from_numpy(x) for x in found]
+
+
+@torch.no_grad()
+def test_onnx(case, tmp_path):
+    model, size, images = case
+    export.onnx(export.program(model, size) if size else model, tmp_path / "detector.onnx")
+    written = onnx.load(tmp_path / "detector.onnx")
+    onnx.checker.check_model(written, full_check=True)
+    assert {node.domain for node in written.graph.node} == {""} and not written.functions
+    assert [(x.domain, x.version) for x in written.opset_import] == [("", 18)]
+    runtime = session(tmp_path / "detector.onnx")
+    assert [x.name for x in runtime.get_outputs()] == ["boxes", "scores", "labels", "counts"]
+    for length in (5, 2, 1, 0):
+        found, expected = run(runtime, images=images[:length]), export.EndToEnd(model)(images[:length])
+        assert [(x.dtype, x.shape) for x in found] == [(x.dtype, x.shape) for x in expected]
+        assert_equal_detections(found, expected)
+
+
+@torch.no_grad()
+def test_onnx_of_a_picture_of_nothing(tmp_path):
+    images = batch_of((32, 32))
+    model = untrained("small", images)
+    nothing = model.mean.expand_as(images[:1])
+    model.score_threshold = model.heads(model.transform(nothing))[1].softmax(-1)[..., 1:].max().item() + 0.001
+    export.onnx(model, tmp_path / "detector.onnx")
+    mixed = torch.cat([images[:2], nothing, images[2:]])
+    found, expected = run(session(tmp_path / "detector.onnx"), images=mixed), export.EndToEnd(model)(mixed)
+    assert expected[3][2] == 0
+    assert all(torch.equal(x[2], y[2]) for x, y in zip(found, expected, strict=True))
+    others = [0, 1, 3, 4, 5]
+    assert_equal_detections([x[others] for x in found], [x[others] for x in expected])
+
+
+class Op(torch.nn.Module):
+    """ops.detect with fixed settings."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, deltas, logits, priors):
+        return ops.detect(deltas, logits, priors, **self.settings)
+
+
+QUICK = ("few of each class, ties at the cut", "class-agnostic, ties", "more wanted than there are", "sigmoid")
+OP_CASES = [
+    pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow])
+    for case in DETECT.cases
+    if not case.benchmark and torch.float32 in case.dtypes and case.name != "P=0"
+]
+
+
+@pytest.mark.parametrize("op_case", OP_CASES)
+@torch.no_grad()
+def test_onnx_of_the_op(op_case, generator, tmp_path):
+    inputs = convert(op_case.make(generator), torch.float32)
+    tensors = {name: inputs[name].contiguous() for name in ("deltas", "logits", "priors")}
+    settings = {name: value for name, value in inputs.items() if name not in tensors}
+    program = torch.export.export(Op(settings), tuple(tensors.values()))
+    export.onnx(program, tmp_path / "op.onnx")
+    found = tuple(run(session(tmp_path / "op.onnx"), **tensors))
+    wrong = DETECT.mismatch(inputs, found, DETECT.reference(**convert(inputs, torch.float64)))
+    assert wrong is None, wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@torch.no_grad()
+def test_onnx_of_other_types_computes_in_float32(dtype, generator, tmp_path):
+    tensors = {"deltas": torch.randn(2, 30, 4), "logits": torch.randn(2, 30, 5), "priors": torch.rand(30, 4) + 0.2}
+    tensors = convert(tensors, dtype)
+    export.onnx(torch.export.export(Op({}), tuple(tensors.values())), tmp_path / "op.onnx")
+    found = run(session(tmp_path / "op.onnx"), **tensors)
+    expected = ops.detect(**convert(tensors, torch.float32))
+    assert found[1].dtype == dtype
+    assert_equal_detections(found, convert(expected, dtype))
+
+
+@torch.no_grad()
+def test_onnx_of_another_opset(tmp_path):
+    model = spread(small()).eval()
+    export.onnx(model, tmp_path / "detector.onnx", opset=21)
+    assert onnx.load(tmp_path / "detector.onnx").opset_import[0].version == 21
+    images = torch.stack(pictures(((32, 32),) * 2))
+    assert_equal_detections(run(session(tmp_path / "detector.onnx"), images=images), export.EndToEnd(model)(images))
+
+
+def test_wrong_calls(tmp_path):
+    with pytest.raises(ValueError, match=r"must be in eval mode .* call eval\(\)"):
+        export.program(small())
+    with pytest.raises(ValueError, match="opset must be 18 or newer, got 17"):
+        export.onnx(small().eval(), tmp_path / "detector.onnx", opset=17)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_without_onnx(package, python):
+    code = f"import sys; sys.modules[{package!r}] = None; from ssd_ext import export; export.onnx(None, 'x')"
+    assert 'pip install "ssd_ext[export]"' in python("-c", code).stderr
+    assert python("-c", "from ssd_ext import export; import sys; assert 'onnx' not in sys.modules").returncode == 0
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("page", [pytest.param("docs/export.md", marks=pytest.mark.slow), "examples/README.md"])
+def test_code_of_the_pages_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    classes = ["nine", "ten", "jack"]
+    monkeypatch.setattr("ssd_ext.inference.load_detector", lambda path: (spread(small()).eval(), classes))
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        exec(compile(code, page, "exec"), names)
+    found = names["model"].cpu()(names.get("images", torch.rand(1, 3, 32, 32)))
+    assert len(found[0]["labels"]) > 20
+    if "counts" in names:
+        assert names["counts"].tolist() == [len(image["labels"]) for image in found]
+    else:
+        assert Path("cards.txt").read_text().split() == classes and Path("cards.pt2").is_file()
+
+
+@pytest.mark.parametrize("page", ["docs/export.md", "examples/README.md"])
+def test_commands_of_the_pages_have_these_options(page):
+    (line,) = re.findall(r"^python (examples/serve.py) (.*)", (ROOT / page).read_text(), re.MULTILINE)
+    assert serve.parser().parse_args(line[1].split()).classes == "cards.txt"
