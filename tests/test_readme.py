@@ -1,7 +1,9 @@
-"""The README's code runs, and its table names every op."""
+"""The code of the README and of the pages in docs runs, and every op is named."""
 
 import importlib
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from ssd_ext import ops
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
 
 
@@ -37,7 +40,7 @@ def test_table_names_every_op():
 
 def test_code_of_the_training_page_runs():
     pytest.importorskip("torchvision")
-    model = run((ROOT / "docs" / "training.md").read_text())["model"]
+    model = run((DOCS / "training.md").read_text())["model"]
     (found,) = model.eval()([torch.rand(3, 50, 70)])
     assert set(found) == {"boxes", "scores", "labels"}
 
@@ -49,3 +52,61 @@ def test_commands_of_the_readme_have_these_options():
         assert not any(word.startswith("/") for word in arguments)
         parser = importlib.import_module(module).parser()
         parser.parse_args(arguments)
+
+
+def test_detector_of_its_page_finds_what_it_was_shown(capsys):
+    names = run((DOCS / "detector.md").read_text())
+    right = 0
+    for found, box, label in zip(names["model"].detect(names["images"]), names["boxes"], names["labels"], strict=True):
+        hits = ops.box_iou(found["boxes"][:1], box) > 0.5
+        right += bool(hits.any() and found["labels"][0] == label)
+    assert right >= 6, right  # of 8
+
+
+def test_code_of_the_page_on_mixed_precision_runs():
+    names = run((DOCS / "mixed_precision.md").read_text())
+    assert names["rows"].dtype == torch.bfloat16
+    assert names["loss"].dtype == torch.float32
+    assert names["head"].weight.grad.isfinite().all()
+    assert [image["boxes"].dtype for image in names["found"]] == [torch.float32] * 2
+
+
+def test_code_of_the_page_on_several_gpus_runs(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    names = run((DOCS / "distributed.md").read_text())
+    assert names["head"].module.weight.grad.any()
+
+
+def test_code_of_the_page_on_default_boxes_runs():
+    names = run((DOCS / "ops" / "priors.md").read_text())
+    assert names["priors"].shape == (sum(names["levels"]), 4)
+
+
+def test_pages_describe_every_op():
+    pages = "".join(page.read_text() for page in (DOCS / "ops").glob("*.md"))
+    assert set(ops.__all__) <= set(re.findall(r"^::: .*?(\w+)$", pages, re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_the_script(tmp_path):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(DOCS / "figures.py"))["main"](tmp_path)
+    drawn = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert set(drawn) == {file.name for file in (DOCS / "figures").iterdir()}
+    assert max(drawn.values()) < 150_000, drawn
+    pages = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    assert all(f"figures/{name})" in pages for name in drawn)
+
+
+def test_benchmark_page_shows_every_figure():
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("matplotlib")
+    from benchmarks.report import milliseconds
+
+    lines = runpy.run_path(str(DOCS / "hooks.py"))["results"]().splitlines()
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        for result in json.loads(file.read_text()).get("results", []):
+            shown = [milliseconds(row) for row in result["contenders"] if "median_ms" in row]
+            assert any(line.startswith(f"| {result['case']} |") and all(t in line for t in shown) for line in lines)
