@@ -68,7 +68,7 @@ def local_links(markdown: str, base: Path, here: Path) -> str:
 def runs() -> list:
     """``(name, record)`` of each run of benchmarks/run.py that compared ops, the newest first."""
     records = [(file.stem, json.loads(file.read_text())) for file in (ROOT / "benchmarks" / "results").glob("*.json")]
-    compared = [(name, made) for name, made in records if made.get("results")]
+    compared = [(name, made) for name, made in records if any("contenders" in r for r in made.get("results", []))]
     return sorted(compared, key=lambda run: (run[1]["conditions"]["date"], run[0]), reverse=True)
 
 
