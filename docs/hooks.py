@@ -1,7 +1,7 @@
 """What mkdocs does not do by itself: parts of the repository's other pages, and the results of the benchmark.
 
 A line ``<!-- README.md: The ops -->`` is replaced by that section of that file; ``<!-- results -->`` by the tables and
-pictures of ``benchmarks/results/*.json``. Links to files outside of this folder become their text.
+pictures of ``benchmarks/results/*.json``. Links and pictures outside of this folder become their text.
 """
 
 import json
@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 INCLUDE = re.compile(r"^<!-- ([\w.]+): (.+) -->$", re.MULTILINE)
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
 
 sys.path.append(str(ROOT))
 from benchmarks import report  # noqa: E402
@@ -53,14 +53,14 @@ def section(file: str, heading: str) -> str:
 
 
 def local_links(markdown: str, base: Path, here: Path) -> str:
-    """Links relative to ``base``, made relative to ``here``, the folder of the page."""
+    """Links and pictures relative to ``base``, made relative to ``here``, the folder of the page."""
 
     def rewrite(link: re.Match) -> str:
-        text, target = link.groups()
+        mark, text, target = link.groups()
         if re.match(r"\w+:|#", target):
             return link[0]
         path = (base / target).resolve()
-        return f"[{text}]({os.path.relpath(path, here)})" if path.is_relative_to(DOCS) else text
+        return f"{mark}[{text}]({os.path.relpath(path, here)})" if path.is_relative_to(DOCS) else text
 
     return LINK.sub(rewrite, markdown)
 
