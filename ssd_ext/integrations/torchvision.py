@@ -8,26 +8,26 @@ What is replaced, and what stays torchvision's:
 
 - SSD: post-processing (:func:`ssd_ext.ops.detect`) and the loss (:func:`ssd_ext.ops.multibox_loss`). Matching stays: it
   is part of torchvision's ``forward``.
-- RetinaNet: post-processing (``detect``, ``batched_nms``) and the IoUs of matching (``box_iou``); the losses stay.
-- FCOS: NMS. Matching by centres, the losses and the choice of candidates stay.
-- FasterRCNN, and so MaskRCNN and KeypointRCNN: NMS of proposals and of detections, decoding of candidates alone, the IoUs
-  of matching in the RPN and in the RoI heads; sampling and losses stay.
+- RetinaNet: post-processing (``detect``, ``batched_nms``) and the IoUs of matching (``box_iou``). The losses stay.
+- FCOS: NMS (``batched_nms``). Matching by centres, the losses and the choice of candidates stay.
+- FasterRCNN, so also MaskRCNN and KeypointRCNN: NMS of proposals and of detections, decoding (of candidates alone), the
+  IoUs of matching in the RPN and the RoI heads. Sampling and losses stay.
 
 Detections, losses and gradients are torchvision's but for rounding, and for these:
 
-- torchvision's ``batched_nms`` of few boxes shifts those of class ``k`` by ``k`` times the largest coordinate, and its IoUs
-  lose bits by that. Here ids are compared.
-- torchvision leaves the order of equal scores, and of equal losses in mining, to its sort. Here the lowest index wins: in
-  ``detect`` the lowest class, then the lowest anchor.
-- Where an image has fewer negatives than SSD's mining asks for, torchvision counts its positives twice. Not so here. An
-  object of label 0, the background, is none here; torchvision trains its box.
-- ``detect`` and ``multibox_loss`` compute float16 and bfloat16 in float32; losses, and under autocast the detections of
-  SSD and RetinaNet, are float32.
+- torchvision's ``batched_nms`` of up to 1000 boxes (on a GPU 25,000) moves those of class ``k`` by ``k`` times the
+  largest coordinate, at the cost of bits of their IoUs. Here ids are compared.
+- torchvision leaves the order of equal scores, and of equal losses in mining, to its sort. Here the lowest index
+  wins: in ``detect`` the lowest class, then the lowest anchor.
+- Where an image has fewer negatives than SSD's mining asks for, torchvision counts positives twice. Here nothing is
+  counted twice. An object of label 0, the background, has no part in SSD's box loss.
+- ``detect`` and ``multibox_loss`` compute halves in float32. SSD's losses are float32 at least, and so are detections
+  of SSD and RetinaNet under autocast.
 - Detections of SSD and RetinaNet have no gradient: asking for one is an error.
 
-torchvision's own code runs where the ops do not take a setting: a threshold outside 0..1, no detections to keep, an SSD
-with a number of negatives for each positive that is not whole, a box coder, similarity or anchor generator of your own, SSD
-images of different sizes. ``torch.jit`` does not take an accelerated model; script the restored one.
+torchvision's own code runs where the ops do not take a setting: a threshold outside 0..1; no candidates or detections
+to keep; negatives for each positive of SSD in a number that is not whole; a coder, similarity or generator of anchors
+of your own, or images of several sizes in an SSD. ``torch.jit`` and export to ONNX take a restored model only.
 """
 
 from collections.abc import Callable
@@ -60,8 +60,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Let a detector of torchvision compute on the ops of ``ssd_ext``, in place; :func:`restore` undoes it.
 
-    Weights, state, settings, mode, inputs and outputs stay what they are, and other models too: the class of this
-    instance (in a FasterRCNN those of ``model.rpn`` and ``model.roi_heads``) becomes one derived from its own, of the same
+    Weights, state, settings, mode, inputs and outputs stay what they are, and so do other models: the class of this
+    instance (in a FasterRCNN those of its ``rpn`` and ``roi_heads``) becomes one derived from its own, of the same
     name. It can be copied and pickled; settings may be changed later. Twice is as once.
 
     Args:
@@ -111,8 +111,8 @@ def _parts(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, SSD | RetinaNet | FCOS):
         return [model]
     raise TypeError(
-        "model must be an SSD, RetinaNet, FCOS or FasterRCNN of torchvision (of a wrapped or compiled model the inner one), "
-        f"got {type(model).__name__}"
+        "model must be an SSD, RetinaNet, FCOS or FasterRCNN of torchvision (of a wrapped or compiled model the inner "
+        f"one), got {type(model).__name__}"
     )
 
 
@@ -348,7 +348,7 @@ def _padded(rows: Tensor) -> Tensor:
 
 
 def _match(matcher: Callable[[Tensor], Tensor], gt_boxes: Tensor, anchors: Tensor) -> Tensor:
-    """``[P]`` int64: what the model's matcher makes of the IoUs, to the bit those of torchvision; without objects -1."""
+    """``[P]`` int64: what the model's matcher makes of the IoUs, the same bits as torchvision's; without objects -1."""
     if len(gt_boxes) == 0:
         return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
     dtype = torch.promote_types(torch.promote_types(gt_boxes.dtype, anchors.dtype), torch.float32)
