@@ -256,9 +256,10 @@ def with_settings(model, settings):
     return model
 
 
+@pytest.mark.parametrize("nms_thresh", [0.2, 1.0])
 @pytest.mark.parametrize("build", BUILDERS)
-def test_settings_may_be_changed_later(build):
-    settings = {"score_thresh": 0.3, "nms_thresh": 0.2, "detections_per_img": 40}
+def test_settings_may_be_changed_later(build, nms_thresh, exact_nms):
+    settings = {"score_thresh": 0.3, "nms_thresh": nms_thresh, "detections_per_img": 40}
     if build is not faster_rcnn:
         settings["topk_candidates"] = 30
     ours, theirs = (with_settings(model, settings) for model in pair(build))
