@@ -321,6 +321,33 @@ def test_matching_of_low_quality_keeps_ties(seed):
     assert {float(label) for label in torch.cat(theirs[0]).unique()} == {-1.0, 0.0, 1.0}
 
 
+def test_candidates_of_a_level_do_not_suppress_each_other():
+    """All in one place, and a threshold of NMS that no IoU is above."""
+    outputs = {"cls_logits": [torch.linspace(-1, 1, 24).view(1, 12, 2)], "bbox_regression": [torch.zeros(1, 12, 4)]}
+    anchors = [[torch.tensor([[8.0, 8, 40, 40]]).repeat(12, 1)]]
+    ours, theirs = (
+        model.postprocess_detections(outputs, anchors, [(50, 30)]) for model in pair(retinanet, nms_thresh=1.0)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert len(theirs[0]["scores"]) == 24
+
+
+def test_proposals_are_filtered_as_by_torchvision(exact_nms):
+    g = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 300, 2, generator=g) * 120 - 10
+    proposals = torch.cat([corners, corners + torch.rand(2, 300, 2, generator=g) * 30], 2)
+    objectness = torch.randn(600, 1, generator=g)
+    found = []
+    for model in pair(faster_rcnn):
+        model.rpn.eval().score_thresh, model.rpn.min_size = 0.4, 5
+        found.append(model.rpn.filter_proposals(proposals, objectness, [(90, 100), (100, 80)], [200, 100]))
+    assert_equal(*found)
+    boxes, scores = map(torch.cat, found[0])
+    assert 20 < len(scores) < 300
+    assert scores.min() >= 0.4
+    assert (boxes[:, 2:] - boxes[:, :2]).min() >= 5
+
+
 def test_proposals_are_matched_as_by_torchvision():
     g = torch.Generator().manual_seed(0)
     corners = torch.rand(3, 200, 2, generator=g) * 50
