@@ -156,6 +156,32 @@ def measure(kind: str, name: str, batch: int, calls: Calls, clock: Clock, second
     ]
 
 
+def conditions(device: str, **more: object) -> dict:
+    """On what the figures were taken."""
+    return {
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else cpu_model(),
+        "threads": torch.get_num_threads(),
+        "simd": _C.simd_level(),
+        "torch": torch.__version__,
+        **more,
+        "commit": commit(),
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+    }
+
+
+def clock_of(device: str) -> Clock:
+    """Networks overwrite the cache themselves."""
+    return CudaClock(flush_l2=False) if device == "cuda" else CpuClock()
+
+
+def show(rows: list[dict]) -> None:
+    """One table."""
+    print("\n{kind}, {model}, B={batch}".format(**rows[0]))
+    for row in rows:
+        doubt = "~ disturbed" if row["disturbed"] else ""
+        print(f"  {row['what']:<38} {row['ms']:9.2f} ms {row['images_per_second']:9.1f} images/s {doubt}")
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser("python benchmarks/model.py", description=__doc__.split("\n")[0])
@@ -170,17 +196,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the conditions")
     args = parser.parse_args()
 
-    clock: Clock = CudaClock(flush_l2=False) if args.device == "cuda" else CpuClock()
-    conditions = {
-        "device": torch.cuda.get_device_name(0) if args.device == "cuda" else cpu_model(),
-        "threads": torch.get_num_threads(),
-        "simd": _C.simd_level(),
-        "torch": torch.__version__,
-        "bfloat16": args.bfloat16,
-        "commit": commit(),
-        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
-    }
-    print(", ".join(f"{name} {value}" for name, value in conditions.items()))
+    clock = clock_of(args.device)
+    told = conditions(args.device, bfloat16=args.bfloat16)
+    print(", ".join(f"{name} {value}" for name, value in told.items()))
     rows = []
     for name in args.models:
         for batch in args.batch:
@@ -190,15 +208,12 @@ def main() -> None:
             for kind, calls in tables.items():
                 made = measure(kind, name, batch, calls(), clock, args.seconds)
                 rows += made
-                print(f"\n{kind}, {name}, B={batch}")
-                for row in made:
-                    doubt = "~ disturbed" if row["disturbed"] else ""
-                    print(f"  {row['what']:<38} {row['ms']:9.2f} ms {row['images_per_second']:9.1f} images/s {doubt}")
+                show(made)
                 by_name = {row["what"]: row["ms"] for row in made}
                 whole = "step" if kind == "training" else "detect"
                 print(f"  share of the ops in {whole!r}: {by_name['ops'] / by_name[whole]:.1%}")
                 if args.json:
-                    write_json(args.json, {"conditions": conditions, "results": rows})
+                    write_json(args.json, {"conditions": told, "results": rows})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from ssd_ext import _C  # noqa: E402
 # Models, data and training stand on torchvision, an optional package.
 collect_ignore = []
 if importlib.util.find_spec("torchvision") is None:
-    collect_ignore = [f"test_{name}.py" for name in ("commands", "data", "evaluation", "models", "training", "weights")]
+    names = ("commands", "data", "evaluation", "integrations", "models", "training", "weights")
+    collect_ignore = [f"test_{name}.py" for name in names]
 
 
 def pytest_report_header():

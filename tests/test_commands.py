@@ -200,6 +200,19 @@ def test_benchmark_of_models_runs(tmp_path):
     assert "share of the ops" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_benchmark_of_integrations_runs(model, tmp_path):
+    line = [sys.executable, ROOT / "benchmarks" / "integrations.py", "--models", model, "--batch", "2"]
+    line += ["--size", "96", "--candidates", "50", "--seconds", "0.1", "--json", tmp_path / "integrations.json"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "integrations.json").read_text())["results"]
+    whats = {f"{what}, {who}" for what in ("whole", "replaced") for who in ("torchvision", "ssd_ext")}
+    assert {(row["kind"], row["what"]) for row in rows} == {(k, w) for k in ("inference", "training") for w in whats}
+    assert "times as fast" in done.stdout
+
+
 def test_a_checkpoint_tells_its_model(tmp_path):
     settings = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "score_threshold": 0.02, "max_detections": 7}
     settings["loss"] = MultiBoxLoss(variances=(0.2, 0.3))

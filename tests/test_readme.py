@@ -45,6 +45,12 @@ def test_code_of_the_training_page_runs():
     assert set(found) == {"boxes", "scores", "labels"}
 
 
+def test_code_of_the_torchvision_page_runs():
+    pytest.importorskip("torchvision")
+    (found,) = run((ROOT / "docs" / "torchvision.md").read_text())["detections"]
+    assert set(found) == {"boxes", "scores", "labels"}
+
+
 def test_commands_of_the_readme_have_these_options():
     pytest.importorskip("torchvision")
     for line in re.findall(r"^python -m ssd_ext\.(?:train|evaluate|detect) .*", README, re.MULTILINE):

@@ -1,0 +1,1 @@
+"""Detectors of other libraries on the ops of ``ssd_ext``: ``ssd_ext.integrations.torchvision``."""
