@@ -13,11 +13,13 @@ import argparse
 import base64
 import io
 import json
+import re
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import BoundedSemaphore
 
 import torch
 from PIL import Image
@@ -30,6 +32,8 @@ from ssd_ext.data import read_image
 MAX_BODY = 32 * 2**20  # bytes of a request
 MAX_IMAGES = 32  # of a request
 MAX_PIXELS = 25_000_000  # of an image: a small file can hold a huge one
+MAX_WAITING = 8  # requests in memory; the others wait unread
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, of which some start other programs
 
 
 class Detector:
@@ -37,7 +41,7 @@ class Detector:
 
     Args:
         path: of what ``torch.export.save`` wrote of :func:`ssd_ext.export.program`.
-        classes: the names of labels 1, 2, ...; without, the labels are told as numbers.
+        classes: the names of labels 1, 2, ...; labels without one are told as numbers.
         threshold: of the scores that are told.
         antialias: as the model's own: images are resized here as it resizes them.
     """
@@ -81,7 +85,7 @@ class Detector:
         values = (found["labels"][shown].tolist(), found["scores"][shown].tolist(), boxes.tolist())
         return [
             {
-                "label": self.classes[label - 1] if self.classes else label,
+                "label": self.classes[label - 1] if label <= len(self.classes) else label,
                 "score": round(score, 4),
                 "box": [round(x, 1) for x in box],
             }
@@ -98,8 +102,10 @@ def decode(text: str) -> Tensor:
     except ValueError as error:
         raise ValueError(f"not base64: {error}") from error
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"an image may have {MAX_PIXELS} pixels: {error}") from error
     except Exception as error:  # what PIL raises for a broken header is not documented
         raise ValueError("not an image of a known kind, or broken") from error
     if width * height > MAX_PIXELS:
@@ -123,7 +129,7 @@ class Server(ThreadingHTTPServer):
     """A thread for each connection, one more for the detector.
 
     A detector in each thread would start its own OpenMP workers there, and images of all requests would lie in
-    memory decoded at once.
+    memory decoded at once. Of requests that are not decoded yet, a few are read.
     """
 
     request_queue_size = 128
@@ -132,6 +138,7 @@ class Server(ThreadingHTTPServer):
         """``address``: host and port; port 0 takes a free one, see ``server_address``."""
         super().__init__(address, Handler)
         self.detector, self.worker = detector, ThreadPoolExecutor(1)
+        self.places = BoundedSemaphore(MAX_WAITING)
 
     def detect(self, texts: Sequence[str]) -> list[dict]:
         """The detector's answers; waits for its turn."""
@@ -153,7 +160,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         """Answer ``/detect``."""
         try:
-            status, answer = 200, {"images": self.server.detect(self._texts())}
+            with self.server.places:
+                status, answer = 200, {"images": self.server.detect(self._texts())}
         except Refused as refusal:
             status, answer = refusal.status, {"error": str(refusal)}
             self.close_connection = True  # its body may not have been read
@@ -162,11 +170,15 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             traceback.print_exc()
             status, answer = 500, {"error": "the detector failed; the server's log says why"}
+            self.close_connection = True
         self._send(status, answer)
 
-    def do_GET(self):
-        """There is nothing to get."""
-        self._send(405, {"error": "POST to /detect"})
+    def send_error(self, code, message=None, explain=None):
+        """What the base class refuses: other methods than POST, and what is not HTTP."""
+        self.close_connection = True
+        if code == 501:
+            code, message = 405, "POST to /detect"
+        self._send(code, {"error": message or self.responses[code][0]})
 
     def _texts(self) -> list[str]:
         if self.path != "/detect":
@@ -174,8 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length")
         if length is None:
             raise Refused(411, "Content-Length is missing")
-        if not length.isdecimal():
-            raise Refused(400, f"Content-Length must be a number of bytes, got {length!r}")
+        if not re.fullmatch("[0-9]{1,19}", length):
+            raise Refused(400, f"Content-Length must be a number of bytes, got {length[:40]!r}")
         if int(length) > MAX_BODY:
             raise Refused(413, f"a request may have {MAX_BODY} bytes, got {length}")
         try:

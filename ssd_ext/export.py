@@ -70,8 +70,13 @@ def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.E
         A program of ``images [B, 3, h, w]``, RGB in 0..1, to what :class:`EndToEnd` gives.
 
     Raises:
+        TypeError: another model than an :class:`ssd_ext.models.SSD`.
         ValueError: a model in training mode.
     """
+    from ssd_ext.models import SSD
+
+    if not isinstance(model, SSD):
+        raise TypeError(f"model must be an ssd_ext.models.SSD, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode to be exported, got one in training mode: call eval()")
     images = model.mean.new_zeros(2, 3, *(size or model.image_size))
@@ -106,7 +111,8 @@ def onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: a model in training mode; an ``opset`` below 18.
+        TypeError: a module other than an :class:`ssd_ext.models.SSD`.
+        ValueError: a model in training mode; an ``opset`` below 18; a program without priors.
 
     Source: the operators NonMaxSuppression (11), TopK (11), ScatterND (18), Resize (18) of the ONNX specification.
     """
@@ -150,6 +156,8 @@ def _detect(
     A score of -1 is none. Rows of the scores are classes and columns priors, so that the lowest index, which
     ONNX's TopK prefers among equals, is the lowest class, then the lowest prior.
     """
+    if len(priors) == 0:
+        raise ValueError("ONNX takes no detector without priors")
     dtype = logits.dtype
     boxes = decode(deltas.float(), priors.float(), variances, clip)
     if window is not None:

@@ -248,6 +248,11 @@ def test_onnx_of_another_opset(tmp_path):
 def test_wrong_calls(tmp_path):
     with pytest.raises(ValueError, match=r"must be in eval mode .* call eval\(\)"):
         export.program(small())
+    with pytest.raises(TypeError, match=r"must be an ssd_ext\.models\.SSD, got Linear"):
+        export.onnx(torch.nn.Linear(2, 2).eval(), tmp_path / "detector.onnx")
+    nothing = (torch.rand(1, 0, 4), torch.rand(1, 0, 3), torch.rand(0, 4))
+    with pytest.raises(ValueError, match="no detector without priors"):
+        export.onnx(torch.export.export(Op({}), nothing), tmp_path / "detector.onnx")
     with pytest.raises(ValueError, match="opset must be 18 or newer, got 17"):
         export.onnx(small().eval(), tmp_path / "detector.onnx", opset=17)
 

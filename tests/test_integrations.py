@@ -399,6 +399,22 @@ def test_an_object_of_label_0_is_none():
     assert theirs.compute_loss(*arguments)["bbox_regression"] > 0
 
 
+def test_a_negative_label_is_refused_as_by_torchvision():
+    made = objects()
+    made[1]["labels"][0] = -1
+    for model in pair(ssd):
+        with pytest.raises(IndexError, match="Target -1 is out of bounds"):
+            step(model, made)
+
+
+@pytest.mark.parametrize("build", [ssd, faster_rcnn])
+def test_compiled(build):
+    torch.compiler.reset()
+    ours, _ = pair(build)
+    expected = detect(ours, 2)
+    assert_same_detections(detect(torch.compile(ours, backend="aot_eager"), 2), expected)
+
+
 @pytest.mark.parametrize("build", BUILDERS)
 def test_autocast(build):
     (ours, gradients), (theirs, _) = (_autocast_step(model) for model in pair(build))
@@ -453,6 +469,22 @@ def test_copies(build):
         assert [type(module) for module in each.modules()] == [type(module) for module in model.modules()]
         assert_equal(detect(each), detect(model))
         assert [type(module) for module in restore(each).modules()] == [type(module) for module in original.modules()]
+
+
+def test_a_class_derived_after_accelerate_is_left_alone():
+    model = accelerate(ssd())
+    made = type(model)
+
+    class Sharded(made):
+        """As FSDP does."""
+
+    model.__class__ = Sharded
+    assert type(copy.deepcopy(model)) is Sharded
+    with pytest.raises(TypeError, match="the class of this Sharded was replaced after accelerate"):
+        restore(model)
+    assert type(model) is Sharded
+    model.__class__ = made
+    assert type(restore(model)) is SSD
 
 
 def test_other_models_stay_as_they_are():

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ from examples import serve
 from ssd_ext import export
 from ssd_ext.data import read_image
 
-PHOTOGRAPHS = sorted((Path(__file__).resolve().parent.parent / "samples/playing_cards/JPEGImages").glob("*.jpg"))
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOGRAPHS = sorted((ROOT / "samples/playing_cards/JPEGImages").glob("*.jpg"))
 CLASSES = ["ten", "jack", "queen"]
 
 
@@ -124,12 +127,21 @@ def png(*size):
     return file.getvalue()
 
 
+def claims_to_be(*size):
+    """A small file with the header of a large picture."""
+    data = png(1, 1)
+    header = b"IHDR" + struct.pack(">II", *size) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
 GOOD = PHOTOGRAPHS[0].read_bytes()
 BROKEN = [
     (b"no image", "not an image of a known kind, or broken"),
     (b"", "not an image of a known kind, or broken"),
     (GOOD[:-5000], "cannot be decoded: image file is truncated"),
     (png(6000, 6000), "an image may have 25000000 pixels, got 6000 x 6000"),
+    (claims_to_be(20_000, 20_000), "an image may have 25000000 pixels: "),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not an image of a known kind"),
     ("%%%", "not base64: "),
     ("é", "not base64: "),
     (17, "an image must be a string of base64, got 17"),
@@ -159,9 +171,11 @@ def test_a_broken_image_harms_no_other(client, model, broken, message):
         (request(*["x"] * 33), {}, 413, "a request may have 32 images, got 33"),
         (None, {"headers": {"Content-Length": str(2**40)}.items()}, 413, "may have 33554432 bytes, got 1099511627776"),
         (None, {"headers": {"Content-Length": "-1"}.items()}, 400, "must be a number of bytes, got '-1'"),
+        (None, {"headers": {"Content-Length": "9" * 5000}.items()}, 400, "must be a number of bytes, got '999"),
         (None, {"headers": {"Transfer-Encoding": "chunked"}.items()}, 411, "Content-Length is missing"),
         ("{}", {"path": "/other"}, 404, "no such path: /other"),
         (None, {"method": "GET"}, 405, "POST to /detect"),
+        ("{}", {"method": "PUT"}, 405, "POST to /detect"),
     ],
 )
 def test_a_broken_request(client, body, options, status, message):
@@ -188,6 +202,36 @@ def test_a_failure_inside_is_told(client, server, monkeypatch, capfd):
     assert status == 500 and answer.keys() == {"error"}
     assert "out of luck" in capfd.readouterr().err
     assert ask(client, request(GOOD))[0] == 200
+
+
+def test_no_more_requests_are_read_than_there_are_places(server, client):
+    for _ in range(serve.MAX_WAITING):
+        server.places.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            waiting = pool.submit(ask, client, request(GOOD))
+            assert not wait([waiting], timeout=0.5).done
+        finally:
+            server.places.release(serve.MAX_WAITING)
+        assert waiting.result()[0] == 200
+
+
+def test_a_class_without_a_name_is_told_as_a_number(detector, monkeypatch):
+    text = base64.b64encode(GOOD).decode()
+    named = [found["label"] for found in detector([text])[0]["detections"]]
+    assert set(named) == set(CLASSES)
+    monkeypatch.setattr(detector, "classes", CLASSES[:1])
+    numbers = [found["label"] for found in detector([text])[0]["detections"]]
+    assert numbers == [name if name == CLASSES[0] else CLASSES.index(name) + 1 for name in named]
+
+
+@pytest.mark.parametrize("page", ["docs/export.md", "examples/README.md"])
+def test_the_pages_send_a_large_photograph(page, tmp_path):
+    (line,) = re.findall(r"^printf .*", (ROOT / page).read_text(), re.MULTILINE)
+    photograph = os.urandom(200_000)
+    (tmp_path / "photograph.jpg").write_bytes(photograph)
+    done = subprocess.run(["bash", "-c", "curl() { cat; }; " + line], cwd=tmp_path, capture_output=True, check=True)
+    assert base64.b64decode(json.loads(done.stdout)["images"][0]) == photograph
 
 
 def test_the_command(model, tmp_path):

@@ -20,10 +20,12 @@ Detections, losses and gradients are torchvision's but for rounding, and for the
 - torchvision leaves the order of equal scores, and of equal losses in mining, to its sort. Here the lowest index
   wins: in ``detect`` the lowest class, then the lowest anchor.
 - Where an image has fewer negatives than SSD's mining asks for, torchvision counts positives twice. Here nothing is
-  counted twice. An object of label 0, the background, has no part in SSD's box loss.
+  counted twice. An object of label 0, the background, has no part in SSD's box loss, nor in the number of objects that
+  both losses are divided by; on a GPU nor has one of a negative label, an error of torchvision.
 - ``detect`` and ``multibox_loss`` compute halves in float32. SSD's losses are float32 at least, and so are detections
   of SSD and RetinaNet under autocast.
 - Detections of SSD and RetinaNet have no gradient: asking for one is an error.
+- SSD's losses have the type of its predictions, whatever that of the boxes of the ground truth.
 
 torchvision's own code runs where the ops do not take a setting: a threshold outside 0..1; no candidates or detections
 to keep; negatives for each positive of SSD in a number that is not whole; a coder, similarity or generator of anchors
@@ -93,11 +95,15 @@ def restore(model: Model) -> Model:
         ``model``.
 
     Raises:
-        TypeError: another model.
+        TypeError: another model, or one whose class something else, such as FSDP, has replaced since. It is unchanged
+            then.
     """
-    for part in _parts(model):
-        if isinstance(part, _OnOps):
-            part.__class__ = _original_class(type(part))
+    parts = [part for part in _parts(model) if isinstance(part, _OnOps)]
+    for part in parts:
+        if not _made_here(type(part)):
+            raise TypeError(f"the class of this {type(part).__name__} was replaced after accelerate: undo that first")
+    for part in parts:
+        part.__class__ = type(part)._original
     return model
 
 
@@ -121,7 +127,7 @@ def _refuse_own_methods(part: nn.Module) -> None:
     for name in vars(replacement):
         if name.startswith("__"):
             continue
-        own_class = getattr(type(part), name) is not getattr(_original_class(replacement), name)
+        own_class = getattr(type(part), name) is not getattr(replacement.__bases__[-1], name)
         if own_class or name in vars(part):
             raise TypeError(f"this {type(part).__name__} has a {name} of its own, which accelerate would replace")
 
@@ -130,8 +136,9 @@ class _OnOps:
     """Base of the classes below, and so of those that :func:`_class_on_ops` makes."""
 
     def __reduce_ex__(self, protocol):
+        reduced = super().__reduce_ex__(protocol)
         # pickle and deepcopy cannot find a class that was made at run time
-        return _new, (_original_class(type(self)),), *super().__reduce_ex__(protocol)[2:]
+        return (_new, (type(self)._original,), *reduced[2:]) if _made_here(type(self)) else reduced
 
 
 class _SSD(_OnOps, SSD):
@@ -142,6 +149,8 @@ class _SSD(_OnOps, SSD):
         # A row of zeros at the end is what the unmatched, of index -1, take: label 0 and a box that is not read.
         matches = [matched.clamp(min=-1) for matched in matched_idxs]
         labels = torch.stack([_padded(target["labels"])[of] for target, of in zip(targets, matches, strict=False)])
+        if labels.device.type == "cpu" and (labels < 0).any():  # which torchvision refuses, and the op ignores
+            return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
         boxes = torch.stack([_padded(target["boxes"])[of] for target, of in zip(targets, matches, strict=False)])
         loc, conf = ops.multibox_loss(
             head_outputs["bbox_regression"],
@@ -296,17 +305,19 @@ class _RoIHeads(_OnOps, RoIHeads):
 _REPLACEMENTS = (_SSD, _RetinaNet, _FCOS, _RPN, _RoIHeads)
 
 
-def _original_class(made: type) -> type:
-    return made.__bases__[-1]
-
-
 def _replacement(original: type) -> type:
-    return next(made for made in _REPLACEMENTS if issubclass(original, _original_class(made)))
+    return next(made for made in _REPLACEMENTS if issubclass(original, made.__bases__[-1]))
 
 
 @cache
 def _class_on_ops(original: type) -> type:
-    return type(original.__name__, (_replacement(original), original), {"__doc__": original.__doc__})
+    names = {"__doc__": original.__doc__, "_original": original}
+    return type(original.__name__, (_replacement(original), original), names)
+
+
+def _made_here(kind: type) -> bool:
+    """Whether it is a class of :func:`_class_on_ops`, not one that was derived from it later."""
+    return "_original" in vars(kind)
 
 
 def _new(original: type) -> nn.Module:
