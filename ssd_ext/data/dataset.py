@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -150,14 +150,14 @@ class Dataset(torch.utils.data.Dataset):
         return target | {"name": self.names[index], "image_id": self.image_ids[index]}
 
 
-def read_image(path: str | Path, *, upright: bool = True) -> tv_tensors.Image:
+def read_image(path: str | Path | BinaryIO, *, upright: bool = True) -> tv_tensors.Image:
     """Read any image that PIL knows as RGB.
 
     Grey, palette, CMYK and the like are converted, 16-bit grey is scaled to 8 bits, transparency is dropped (hidden
     pixels show their colour, as in torchvision); of an animation, the first frame.
 
     Args:
-        path: of the file.
+        path: of the file, or the file itself, opened to read bytes.
         upright: turn the image by its EXIF orientation.
 
     Returns:
@@ -200,7 +200,7 @@ def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[Tensor | list[Tensor]
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """The image, and one sentence that names the file for whatever PIL raises on broken ones."""
     try:
         with Image.open(path) as image:
