@@ -26,8 +26,8 @@ from benchmarks.plot import draw  # noqa: E402
 
 
 def on_files(files, config):
-    """Adds a picture of each run."""
-    for name, made in runs():
+    """Adds a picture of each run that compared ops."""
+    for name, made in filter(lambda run: compares_ops(run[1]), runs()):
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / f"{name}.svg"
             draw(made, picture)
@@ -66,18 +66,35 @@ def local_links(markdown: str, base: Path, here: Path) -> str:
 
 
 def runs() -> list:
-    """``(name, record)`` of each run of benchmarks/run.py that compared ops, the newest first."""
+    """``(name, record)`` of each run, the newest first."""
     records = [(file.stem, json.loads(file.read_text())) for file in (ROOT / "benchmarks" / "results").glob("*.json")]
-    compared = [(name, made) for name, made in records if any("contenders" in r for r in made.get("results", []))]
-    return sorted(compared, key=lambda run: (run[1]["conditions"]["date"], run[0]), reverse=True)
+    measured = [(name, made) for name, made in records if made.get("results")]
+    return sorted(measured, key=lambda run: (run[1]["conditions"]["date"], run[0]), reverse=True)
+
+
+def compares_ops(made: dict) -> bool:
+    """Whether it comes from benchmarks/run.py, and not from one of whole models."""
+    return "contenders" in made["results"][0]
 
 
 def results() -> str:
-    """All runs: conditions, a table for each op, the picture."""
-    return "\n\n".join(_run(name, made) for name, made in runs())
+    """All runs: conditions and tables, of ops with a picture."""
+    return "\n\n".join(_ops(name, made) if compares_ops(made) else _models(made) for name, made in runs())
 
 
-def _run(name: str, made: dict) -> str:
+def _models(made: dict) -> str:
+    """Figures of whole models."""
+    conditions = "\n".join(f"{name}: {value}" for name, value in made["conditions"].items())
+    lines = ["| model | | B | what | ms | images/s |", "|---|---|---:|---|---:|---:|"]
+    for row in made["results"]:
+        time = report.milliseconds({"median_ms": row["ms"], "disturbed": row["disturbed"]})
+        cells = (row["model"], row["kind"], row["batch"], row["what"], time, f"{row['images_per_second']:.1f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    title = f"## {made['conditions']['date'][:10]}: whole models"
+    return "\n\n".join([title, f"```text\n{conditions}\n```", "\n".join(lines)])
+
+
+def _ops(name: str, made: dict) -> str:
     ops: dict[str, list] = {}
     for result in made["results"]:
         ops.setdefault(result["op"], []).append(result)
