@@ -273,8 +273,9 @@ class Emptied:
 
 
 RANK = """
-import os, sys, torch
+import gc, os, sys, torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, os.environ["TESTS"])
 from test_training import SAMPLE, SHORT, Emptied, small_model
 from ssd_ext.data import load_dataset
@@ -283,7 +284,9 @@ distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 cards = load_dataset(SAMPLE, "train")
 own = Emptied(cards) if os.environ["EMPTY"] == "1" and distributed.get_rank() else cards
+gc.disable()  # or it frees by chance what fit must not leave behind
 run = fit(small_model(), own, SHORT, sys.argv[1], val_set=cards)
+assert not any(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects()), "it outlives its group"
 if distributed.get_rank() == 0:
     torch.save(run.trained.state_dict(), sys.argv[1] + "/weights.pt")
 distributed.destroy_process_group()
