@@ -117,8 +117,8 @@ def test_unreadable_architectures_are_an_error(sources):
 
 
 @pytest.mark.slow
-def test_source_distribution_builds_a_wheel(sources, tmp_path):
-    """It ships every file that the build needs, and the wheel holds the package alone."""
+def test_source_distribution_has_every_source(sources, tmp_path):
+    """.ci/wheel builds a wheel from it."""
     require_build_tools()
     shipped = tmp_path / "shipped"
     made = build(sources, "sdist", "--dist-dir", str(tmp_path))
@@ -128,16 +128,3 @@ def test_source_distribution_builds_a_wheel(sources, tmp_path):
     for folder in ("csrc", "ssd_ext", "_build"):
         expected = {path.relative_to(sources) for path in (sources / folder).rglob("*") if path.is_file()}
         assert expected == {path.relative_to(tree) for path in (tree / folder).rglob("*") if path.is_file()}
-
-    installed = tmp_path / "installed"
-    pip = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(installed), str(tree)]
-    env = {**os.environ, "SSD_EXT_CUDA": "OFF", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    made = subprocess.run([sys.executable, *pip], env=env, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
-    assert {path.name for path in installed.iterdir()} == {"ssd_ext", "ssd_ext-0.1.0.dist-info"}
-    env["PYTHONPATH"] = str(installed)
-    report = subprocess.run(
-        [sys.executable, "-m", "ssd_ext.env"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert str(installed) in report.stdout, report.stderr
-    assert "built with CUDA: no" in report.stdout

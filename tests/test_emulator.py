@@ -71,12 +71,15 @@ def test_the_cases_launch_every_kernel(generator):
         made = [case.make(generator) for case in op.cases if not case.benchmark]
         for inputs in sorted(made, key=lambda inputs: op.traffic(inputs, ())):
             for dtype in FLOATS:
-                if missing(room):
-                    given = convert(inputs, dtype)
-                    leaves = [given[name].requires_grad_() for name in op.differentiable]
-                    with emulated(EMULATED[0]):
-                        outputs = op.op(**given)
-                        if leaves:
-                            torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
+                if not (before := missing(room)):
+                    break
+                given = convert(inputs, dtype)
+                leaves = [given[name].requires_grad_() for name in op.differentiable]
+                with emulated(EMULATED[0]):
+                    outputs = op.op(**given)
+                    if leaves:
+                        torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
+                if missing(room) == before:  # nor would the other types: each has the same kernels
+                    break
     for room in rooms:
         assert missing(room) == []

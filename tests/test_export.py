@@ -87,6 +87,7 @@ def test_compiled_without_a_break_and_once_for_all_batch_sizes(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["small"], indirect=True)
 @torch.no_grad()
 def test_compiled_by_inductor(case):
     model, _, images = case
@@ -204,24 +205,32 @@ class Op(torch.nn.Module):
 
 
 QUICK = ("few of each class, ties at the cut", "class-agnostic, ties", "more wanted than there are", "sigmoid")
-OP_CASES = [
-    pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow])
-    for case in DETECT.cases
-    if not case.benchmark and torch.float32 in case.dtypes and case.name != "P=0"
-]
 
 
-@pytest.mark.parametrize("op_case", OP_CASES)
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_onnx_of_the_op(op_case, generator, tmp_path):
-    inputs = convert(op_case.make(generator), torch.float32)
-    tensors = {name: inputs[name].contiguous() for name in ("deltas", "logits", "priors")}
-    settings = {name: value for name, value in inputs.items() if name not in tensors}
-    program = torch.export.export(Op(settings), tuple(tensors.values()))
-    export.onnx(program, tmp_path / "op.onnx")
-    found = tuple(run(session(tmp_path / "op.onnx"), **tensors))
-    wrong = DETECT.mismatch(inputs, found, DETECT.reference(**convert(inputs, torch.float64)))
-    assert wrong is None, wrong
+def test_onnx_of_the_op(quick, generator, tmp_path):
+    """One graph for all cases, for an export takes seconds."""
+    cases = [case for case in DETECT.cases if not case.benchmark and torch.float32 in case.dtypes]
+    cases = [case for case in cases if (case.name in QUICK) == quick and case.name != "P=0"]
+    assert len(cases) >= len(QUICK)
+    made = [convert(case.make(generator), torch.float32) for case in cases]
+    keys = ("deltas", "logits", "priors")
+    modules = [Op({k: x for k, x in inputs.items() if k not in keys}) for inputs in made]
+
+    class All(torch.nn.Module):
+        def forward(self, *tensors):
+            return tuple(x for i, op in enumerate(modules) for x in op(*tensors[3 * i : 3 * i + 3]))
+
+    tensors = [inputs[key].contiguous() for inputs in made for key in keys]
+    program = torch.export.export(All(), tuple(tensors))
+    names = [f"{name} {i}" for i in range(len(cases)) for name in export.OUTPUTS]
+    export.onnx(program, tmp_path / "op.onnx", output_names=names)
+    found = run(session(tmp_path / "op.onnx"), **{f"tensors_{i}": x for i, x in enumerate(tensors)})
+    for i, (case, inputs) in enumerate(zip(cases, made, strict=True)):
+        expected = DETECT.reference(**convert(inputs, torch.float64))
+        wrong = DETECT.mismatch(inputs, tuple(found[4 * i : 4 * i + 4]), expected)
+        assert wrong is None, f"{case.name}: {wrong}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

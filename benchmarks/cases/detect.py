@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.cases.inputs import random_boxes, ssd300_priors
-from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op, close, convert
+from benchmarks.cases.spec import EXACT, FLOATS, Case, ErrorCase, Inputs, MissingPeerError, Op, close, convert
 from ssd_ext import ops, priors, reference
 
-EXACT = (torch.float32, torch.float64)
 PIXELS = 300.0
 SSD300 = {"window": (0.0, 0.0, PIXELS, PIXELS)}
 # How near to a threshold a score (relative) and an IoU may fall on its other side. Float32: torchvision
@@ -152,13 +151,12 @@ def _expanded(inputs):
 
 _EVERY_CLASS = {"class_agnostic": True, "score_threshold": 0.001}
 _WANT_ALL = {"iou_threshold": 0.9, "max_detections": 1000}
-HALVES_TOO = (*EXACT, torch.float16, torch.bfloat16)
 _UNIT = {"window": (0.0, 0.0, 1.0, 1.0)}
 _SMALL = [
-    _case("B=2 P=60 C=5", 2, 60, 5, dtypes=HALVES_TOO, peers=True, **_UNIT),
-    _case("not clipped", 3, 100, 21, dtypes=HALVES_TOO),
+    _case("B=2 P=60 C=5", 2, 60, 5, dtypes=FLOATS, peers=True, **_UNIT),
+    _case("not clipped", 3, 100, 21, dtypes=FLOATS),
     _case("vectors and a rest", 2, 130, 37, background=4.0, peers=True, **_UNIT),
-    _case("C=2", 2, 80, 2, 0.0, dtypes=HALVES_TOO),
+    _case("C=2", 2, 80, 2, 0.0, dtypes=FLOATS),
     _case("C=1, background alone", 2, 9, 1, 0.0),
     _case("C=0", 2, 9, 0, 0.0),
     _case("C=1000", 2, 24, 1000, 6.0, peers=True, **_UNIT),
@@ -167,7 +165,7 @@ _SMALL = [
     _case("B=0", 0, 20, 6),
     # More priors than the GPU keeps scores of in shared memory, and more candidates than its lists hold.
     _case("P=24564", 1, 24564, 3, 8.0, dtypes=(torch.float32,), topk_per_class=20),
-    _case("no candidate", 2, 60, 5, 30.0, dtypes=HALVES_TOO),
+    _case("no candidate", 2, 60, 5, 30.0, dtypes=FLOATS),
     _case("more wanted than there are", 2, 30, 4, 1.0, max_detections=5000),
     _case("few wanted", 2, 90, 8, 0.0, max_detections=3),
     _case("few of each class", 2, 90, 8, 0.0, topk_per_class=4),
@@ -182,9 +180,9 @@ _SMALL = [
     _case("untrained, all equal", 1, 700, 8, change=_all_equal, topk_per_class=50),
     _case("one class leads", 1, 1400, 6, 0.0, change=_one_class_leads, topk_per_class=50, max_detections=100),
     _case("untrained, class-agnostic", 1, 300, 17, 0.0, topk_per_class=60, iou_threshold=0.1, **_EVERY_CLASS),
-    _case("class-agnostic", 2, 100, 9, class_agnostic=True, dtypes=HALVES_TOO),
+    _case("class-agnostic", 2, 100, 9, class_agnostic=True, dtypes=FLOATS),
     _case("class-agnostic, ties", 2, 100, 9, 1.0, change=_tied_scores, class_agnostic=True, topk_per_class=9),
-    _case("sigmoid", 2, 80, 6, -3.0, activation="sigmoid", score_threshold=0.4, dtypes=HALVES_TOO),
+    _case("sigmoid", 2, 80, 6, -3.0, activation="sigmoid", score_threshold=0.4, dtypes=FLOATS),
     _case("sigmoid, high threshold", 2, 80, 6, 5.0, activation="sigmoid", score_threshold=0.999),
     _case("sigmoid C=1", 2, 80, 1, 0.0, activation="sigmoid", score_threshold=0.3),
     _case("sigmoid, NaN and Inf", 2, 40, 21, -3.0, change=_nan_and_infinite_logits, activation="sigmoid"),
@@ -199,9 +197,9 @@ _SMALL = [
     _case("NaN, infinite and negative priors", 2, 60, 5, 1.0, change=_strange_priors),
     _case("negative coordinates", 2, 80, 5, 2.0, change=_negative),
     _case("other variances", 2, 80, 5, 2.0, variances=(1.0, 0.5)),
-    _case("logits [B, C, P]", 2, 100, 21, change=_by_class, dtypes=HALVES_TOO, peers=True, **_UNIT),
+    _case("logits [B, C, P]", 2, 100, 21, change=_by_class, dtypes=FLOATS, peers=True, **_UNIT),
     _case("sigmoid, logits [B, C, P]", 2, 75, 3, -3.0, change=_by_class, activation="sigmoid", score_threshold=0.5),
-    _case("strided", 2, 60, 9, change=_strided, dtypes=HALVES_TOO),
+    _case("strided", 2, 60, 9, change=_strided, dtypes=FLOATS),
     _case("expanded", 3, 60, 9, change=_expanded),
 ]
 _LARGE = [

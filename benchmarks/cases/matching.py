@@ -6,7 +6,7 @@ import math
 import torch
 
 from benchmarks.cases.inputs import coco_gts, random_boxes, ssd300_priors, synthetic_gts
-from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op, close, convert
+from benchmarks.cases.spec import EXACT, Case, ErrorCase, Inputs, MissingPeerError, Op, close, convert
 from ssd_ext import ops, reference
 
 
@@ -92,8 +92,6 @@ def _crowded(batch, count):
 
     return make
 
-
-EXACT = (torch.float32, torch.float64)  # in halves a rounded prior may tie with another by chance
 
 _SMALL = [
     _case("three images", (3, 1, 7), 100),

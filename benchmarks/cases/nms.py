@@ -7,10 +7,8 @@ import math
 import torch
 
 from benchmarks.cases.inputs import detector_candidates, distinct_scores, random_boxes
-from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op
+from benchmarks.cases.spec import EXACT, Case, ErrorCase, Inputs, MissingPeerError, Op
 from ssd_ext import ops, reference
-
-EXACT = (torch.float32, torch.float64)
 
 
 def _random(n, high=0.5, iou_threshold=0.5, **kwargs):
