@@ -1,5 +1,6 @@
 """What the command lines share."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ssd_ext import _C
+from ssd_ext.data import Dataset, load_dataset
 
 EXPECTED = (ValueError, OSError, ImportError, RuntimeError)  # of which the message says what is wrong
 
@@ -27,6 +29,23 @@ def add_device(parser) -> None:
     """``--device``, by default the GPU where the extension can use one."""
     usable = torch.cuda.is_available() and "cuda" in _C.build_info()
     parser.add_argument("--device", default="cuda" if usable else "cpu", help="default: %(default)s")
+
+
+def add_data_rules(parser) -> None:
+    """How :func:`read_data` takes the boxes of a data set."""
+    add = parser.add_argument
+    add("--zero-based", action="store_true", help="take the corners of a VOC folder as they stand, not counted from 1")
+    add("--skip-invalid", action="store_true", help="leave wrong boxes out, with a warning, instead of stopping")
+
+
+def read_data(path: str, split: str | None, classes: list[str] | None, args: argparse.Namespace) -> Dataset:
+    """The data set, as ``args`` of :func:`add_data_rules` say."""
+    rules: dict = {"invalid": "skip"} if args.skip_invalid else {}
+    if args.zero_based:
+        if not os.path.isdir(os.path.join(path, "Annotations")):
+            raise ValueError(f"--zero-based is for VOC folders, which {path} is not: it has no Annotations")
+        rules["one_based"] = False
+    return load_dataset(path, split, classes, **rules)
 
 
 def add_weights(parser) -> None:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 from ssd_ext import _cli
-from ssd_ext.data import load_dataset
 from ssd_ext.evaluation import average_precision, coco_metrics, plot_pr_curves
 from ssd_ext.inference import detections, load_detector
 
@@ -18,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m ssd_ext.evaluate", description=__doc__)
     made.add_argument("data", help="Pascal VOC folder or COCO .json")
     made.add_argument("--split", default="test", help="of a VOC folder (default: %(default)s)")
+    _cli.add_data_rules(made)
     _cli.add_weights(made)
     _cli.add_device(made)
     made.add_argument("--metrics", nargs="+", choices=METRICS, default=["voc12"], help="default: voc12")
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
     given = _cli.read_classes(args.classes)
     model, classes = load_detector(args.weights, model=args.model, num_classes=args.num_classes, classes=given)
-    dataset = load_dataset(args.data, args.split, classes)
+    dataset = _cli.read_data(args.data, args.split, classes, args)
     found = detections(model.to(args.device), dataset, workers=args.workers)
     targets = [dataset.target(i) for i in range(len(dataset))]
     figures = {}

@@ -11,7 +11,6 @@ import torch
 from torch import distributed
 
 from ssd_ext import _cli
-from ssd_ext.data import load_dataset
 from ssd_ext.models import MODELS, create, load_weights
 from ssd_ext.training import AMP, OPTIMIZERS, SCHEDULES, Recipe, fit, plot_history
 
@@ -42,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="start from this detector; heads for other classes are made anew")
     add("--backbone-weights", metavar="FILE", help="start from this ImageNet classifier")
     add("--resume", action="store_true", help="go on from FOLDER/last.pt if there is one")
+    _cli.add_data_rules(made)
     _cli.add_device(made)
     recipe = made.add_argument_group("recipe (default: the model's)")
     for field in dataclasses.fields(Recipe):
@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = ranks == 1 or distributed.get_rank() == 0
     recipe = recipe_of(args)
-    train_set = load_dataset(args.data, args.split, _cli.read_classes(args.classes))
+    train_set = _cli.read_data(args.data, args.split, _cli.read_classes(args.classes), args)
     val_set = None
     if args.val_data or args.val_split:
-        val_set = load_dataset(args.val_data or args.data, args.val_split, train_set.classes)
+        val_set = _cli.read_data(args.val_data or args.data, args.val_split, train_set.classes, args)
     torch.manual_seed(recipe.seed)  # of the heads' first weights
     size = {"image_size": tuple(args.image_size)} if args.image_size else {}
     model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size)

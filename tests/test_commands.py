@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssd_ext import MultiBoxLoss, _cli, checkpoint
+from ssd_ext import MultiBoxLoss, _cli, checkpoint, evaluate, train
 from ssd_ext.data import load_dataset
 from ssd_ext.detect import _distinct_names, image_files
 from ssd_ext.inference import load_detector
@@ -120,6 +120,7 @@ def _bad_checkpoint(path):
         (("detect", "none.jpg", "--weights", "lite.pt"), "no image or folder at none.jpg"),
         (("detect", "empty", "--weights", "lite.pt"), "empty holds no images"),
         (("detect", "photos", "--weights", "lite.pt", "--out", "photos"), "would overwrite"),
+        (("evaluate", "photos", "--weights", "lite.pt", "--zero-based"), "is for VOC folders, which photos is not"),
         (("detect", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
     ],
 )
@@ -152,6 +153,26 @@ def test_a_command_that_fails_says_so_to_the_shell(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ssd_ext: ")
     assert "Traceback" not in done.stderr
+
+
+def test_rules_of_data_reach_training_and_evaluation(tmp_path):
+    """A folder with one wrong box, and corners that are to be taken as they stand."""
+    folder = tmp_path / "cards"
+    shutil.copytree(SAMPLE, folder)
+    name = (folder / "ImageSets" / "Main" / "train.txt").read_text().split()[0]
+    file = folder / "Annotations" / f"{name}.xml"
+    text = file.read_text()
+    file.write_text(re.sub(r"<xmax>\d+</xmax>", "<xmax>0</xmax>", text, count=1))
+    expected = load_dataset(SAMPLE, "train")
+    for module in (train, evaluate):
+        others = ["--out", "x"] if module is train else ["--weights", "x"]
+        args = module.parser().parse_args([str(folder), *others, "--zero-based", "--skip-invalid"])
+        with pytest.warns(UserWarning, match=f"left out 1 of {len(expected.boxes)} boxes"):
+            read = _cli.read_data(args.data, "train", None, args)
+        assert torch.equal(read.target(1)["boxes"], expected.target(1)["boxes"] + torch.tensor([1, 1, 0, 0]))
+        args = module.parser().parse_args([str(folder), *others])
+        with pytest.raises(ValueError, match=f"{name}.xml: object 1 of image"):
+            _cli.read_data(args.data, "train", None, args)
 
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
