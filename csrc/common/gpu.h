@@ -28,16 +28,25 @@ struct Id {
 
 #if defined(SSD_EXT_EMULATE)
 using emulator::launch;
+inline void clear(void* memory, size_t bytes, Stream) { emulator::clear(memory, bytes); }
 #else
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("ssd_ext: ") + what + " failed: " + cudaGetErrorString(error));
+}
+
 // Launches on `stream`, on the current device; an empty grid launches nothing.
 template <class... Expected>
 void launch(void (*kernel)(Expected...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             typename Id<Expected>::type... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("ssd_ext: CUDA launch failed: ") + cudaGetErrorString(error));
+  check(cudaGetLastError(), "CUDA launch");
+}
+
+// Sets memory of the device to zero, in the order of `stream`.
+inline void clear(void* memory, size_t bytes, Stream stream) {
+  if (bytes > 0) check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];

@@ -68,6 +68,9 @@ void launch(void (*kernel)(Expected...), dim3 grid, dim3 block, size_t shared_by
   run(reinterpret_cast<const void*>(kernel), body, &call, sizeof(call), grid, block, shared_bytes);
 }
 
+// What cudaMemset does.
+void clear(void* begin, size_t bytes);
+
 // The dynamic shared memory from `offset` on, as an array with bounds of its own.
 void* carve(size_t offset, size_t bytes);
 
@@ -125,6 +128,11 @@ T shuffle(unsigned mask, T value, int source, bool in_group, Site site) {
 
 // An atomic access by the running thread: checked, and perhaps a switch to another thread before it.
 void atomic_access(void* address, size_t bytes, const void* code);
+
+void fence();  // of the running thread, for the whole device
+
+// A read that L1 does not answer.
+void read_past_l1(const void* address, size_t bytes, const void* code);
 
 #define SSD_EXT_EMULATOR_UNCHECKED __attribute__((no_sanitize("thread"), noinline))
 
@@ -189,6 +197,16 @@ SSD_EXT_EMULATOR_WARP(__reduce_min_sync, unsigned, unsigned, reduce_min, value)
 SSD_EXT_EMULATOR_WARP(__reduce_max_sync, unsigned, unsigned, reduce_max, value)
 SSD_EXT_EMULATOR_WARP(__reduce_and_sync, unsigned, unsigned, reduce_and, value)
 SSD_EXT_EMULATOR_WARP(__reduce_or_sync, unsigned, unsigned, reduce_or, value)
+// Signed integers have the order of the unsigned ones once their sign is inverted.
+inline int __reduce_add_sync(unsigned mask, int value, SSD_EXT_EMULATOR_SITE) {
+  return int(__reduce_add_sync(mask, unsigned(value), site));
+}
+inline int __reduce_min_sync(unsigned mask, int value, SSD_EXT_EMULATOR_SITE) {
+  return int(__reduce_min_sync(mask, unsigned(value) ^ 0x80000000u, site) ^ 0x80000000u);
+}
+inline int __reduce_max_sync(unsigned mask, int value, SSD_EXT_EMULATOR_SITE) {
+  return int(__reduce_max_sync(mask, unsigned(value) ^ 0x80000000u, site) ^ 0x80000000u);
+}
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, SSD_EXT_EMULATOR_SITE) {
   return unsigned(::emulator::meet_warp(::emulator::Op::match_any, mask, ::emulator::to_bits(value), 0, site));
@@ -214,7 +232,7 @@ template <class T>
 __forceinline__ T atomicCAS(T* p, typename ::emulator::Id<T>::type expected, typename ::emulator::Id<T>::type v) {
   return ::emulator::atomic(p, [=](T old) { return old == expected ? v : old; });
 }
-inline void __threadfence() {}
+inline void __threadfence() { ::emulator::fence(); }
 inline void __threadfence_block() {}
 
 // ---- scalar intrinsics ------------------------------------------------------------------------
@@ -231,5 +249,10 @@ inline float __uint_as_float(unsigned x) { return ::emulator::from_bits<float>(x
 inline float __int_as_float(int x) { return ::emulator::from_bits<float>(unsigned(x)); }
 template <class T>
 T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+SSD_EXT_EMULATOR_UNCHECKED T __ldcg(const T* p) {
+  ::emulator::read_past_l1(p, sizeof(T), __builtin_return_address(0));
   return *p;
 }

@@ -70,6 +70,46 @@ __global__ void blocks_kernel(const int* in, int* out) {
   if (threadIdx.x < half) out[i] = in[i];
 }
 
+// ---- what a block knows of another's writes -----------------------------------------------------
+
+enum class Fence { both, none_before, before_the_barrier, none_after, after_the_barrier };
+
+// Each of two blocks writes a quarter of the output, by threads of both its warps; the last of them reads both.
+template <Fence kFence, bool kBarrier, bool kPastL1>
+__global__ void last_block_kernel(const int* in, int* out) {
+  __shared__ bool is_last;
+  const int quarter = kCount / 4, i = threadIdx.x, own = i - 24;
+  if (0 <= own && own < quarter) out[blockIdx.x * quarter + own] = in[own];
+  if (kFence == Fence::before_the_barrier) __threadfence();
+  if (kBarrier) __syncthreads();
+  if (i == 0) {
+    if (kFence != Fence::none_before && kFence != Fence::before_the_barrier) __threadfence();
+    is_last = atomicAdd(out + kCount - 1, 1) == 1;
+    if (kFence != Fence::none_after && kFence != Fence::after_the_barrier) __threadfence();
+  }
+  __syncthreads();
+  if (kFence == Fence::after_the_barrier && i == 0) __threadfence();
+  if (!is_last || i >= quarter) return;
+  const int *one = out + i, *other = out + quarter + i;
+  out[2 * quarter + i] = kPastL1 ? __ldcg(one) + __ldcg(other) : *one + *other;
+}
+
+// Four blocks in two pairs, each with a ticket; the last of each pair takes a third ticket, and the last of those reads
+// what all have written. kFenced: the last of a pair acquires what its partner has released.
+template <bool kFenced>
+__global__ void two_tickets_kernel(const int* in, int* out) {
+  const int i = threadIdx.x;
+  if (i > 0) return;
+  int* const tickets = out + kCount - 3;
+  out[blockIdx.x] = in[blockIdx.x];
+  __threadfence();
+  if (atomicAdd(&tickets[blockIdx.x / 2], 1) != 1) return;
+  if (kFenced) __threadfence();
+  if (atomicAdd(&tickets[2], 1) != 1) return;
+  __threadfence();
+  for (int b = 0; b < 4; ++b) out[4 + b] = __ldcg(out + b);
+}
+
 // ---- bounds -----------------------------------------------------------------------------------
 
 enum class Place { global_input, global_output, static_shared, dynamic_shared };
@@ -133,6 +173,15 @@ __global__ void barrier_kernel(const int* in, int* out) {
   }
 }
 
+template <bool kAll>
+__global__ void reduce_kernel(const int* in, int* out) {
+  int value = in[threadIdx.x] - 32;
+  if (kAll || threadIdx.x % 32 < 16) {
+    value = __reduce_min_sync(gpu::kFullMask, value) + __reduce_max_sync(gpu::kFullMask, value);
+  }
+  out[threadIdx.x] = value;
+}
+
 enum class Lanes { all, some, left, outside, absent };
 
 template <Lanes kLanes>
@@ -164,9 +213,16 @@ __global__ void overflow_kernel(const int* in, int* out) {
 
 using Kernel = void (*)(const int*, int*);
 
-void go(Kernel kernel, unsigned blocks = 1, unsigned threads = kCount, size_t shared = 2 * kCount * sizeof(int)) {
+void go(Kernel kernel, unsigned blocks = 1, unsigned threads = kCount, size_t shared = 2 * kCount * sizeof(int),
+        bool cleared = false) {
   Memory memory;
+  if (cleared) gpu::clear(memory.out.data(), kCount * sizeof(int), nullptr);
   gpu::launch(kernel, dim3(blocks), dim3(threads), shared, nullptr, memory.in.data(), memory.out.data());
+}
+
+template <Fence kFence, bool kBarrier = true, bool kPastL1 = true>
+void go_last_block(bool cleared = true) {
+  go(last_block_kernel<kFence, kBarrier, kPastL1>, 2, kCount, 0, cleared);
 }
 
 // Named "checker: fault", or "none: ..." for a kernel that is right.
@@ -184,6 +240,16 @@ std::vector<std::pair<std::string, std::function<void()>>> faults() {
       {"race: plain read beside atomics", [] { go(count_kernel<true, true>); }},
       {"none: blocks apart", [] { go(blocks_kernel<true>, 2); }},
       {"race: between blocks", [] { go(blocks_kernel<false>, 2); }},
+      {"none: last block", [] { go_last_block<Fence::both>(); }},
+      {"race: no fence before the ticket", [] { go_last_block<Fence::none_before>(); }},
+      {"race: fence before the barrier", [] { go_last_block<Fence::before_the_barrier>(); }},
+      {"race: no barrier before the fence", [] { go_last_block<Fence::both, false>(); }},
+      {"race: no fence after the ticket", [] { go_last_block<Fence::none_after>(); }},
+      {"race: fence after the barrier", [] { go_last_block<Fence::after_the_barrier>(); }},
+      {"read through L1: last block", [] { go_last_block<Fence::both, true, false>(); }},
+      {"uninitialised read: ticket", [] { go_last_block<Fence::both>(false); }},
+      {"none: two levels of tickets", [] { go(two_tickets_kernel<true>, 4, kCount, 0, true); }},
+      {"race: no fence between two levels of tickets", [] { go(two_tickets_kernel<false>, 4, kCount, 0, true); }},
       {"none: within bounds", [] { go(bounds_kernel<Place::global_input, 0>); }},
       {"out of bounds: behind an input", [] { go(bounds_kernel<Place::global_input, 1>); }},
       {"out of bounds: before an input", [] { go(bounds_kernel<Place::global_input, -1>); }},
@@ -191,6 +257,12 @@ std::vector<std::pair<std::string, std::function<void()>>> faults() {
       {"sanitizer: behind a shared array", [] { go(bounds_kernel<Place::static_shared, 1>); }},
       {"out of bounds: carved array", [] { go(bounds_kernel<Place::dynamic_shared, 1>); }},
       {"dynamic shared memory too small: launch", [] { go(bounds_kernel<Place::global_input, 0>, 1, kCount, kCount); }},
+      {"none: cleared", [] { go(output_kernel<false>, 1, kCount, 0, true); }},
+      {"out of bounds: clearing",
+       [] {
+         Memory m;
+         gpu::clear(m.out.data(), (kCount + 1) * sizeof(int), nullptr);
+       }},
       {"none: input read", [] { go(input_kernel<false>); }},
       {"write to an input: all", [] { go(input_kernel<true>); }},
       {"none: output written first", [] { go(output_kernel<true>); }},
@@ -207,6 +279,8 @@ std::vector<std::pair<std::string, std::function<void()>>> faults() {
       {"warp operation with missing lanes: half a warp", [] { go(warp_kernel<Lanes::all>, 1, 16); }},
       {"the calling lane is not in mask: lane 31", [] { go(warp_kernel<Lanes::outside>); }},
       {"a shuffle reads lane 31, which is not in mask: lane 31", [] { go(warp_kernel<Lanes::absent>); }},
+      {"none: all lanes reduce", [] { go(reduce_kernel<true>); }},
+      {"warp operation with missing lanes: half a warp reduces", [] { go(reduce_kernel<false>); }},
       {"invalid launch: too many threads", [] { go(input_kernel<false>, 1, 2048); }},
       {"invalid launch: too much shared memory", [] { go(input_kernel<false>, 1, kCount, 50 << 10); }},
       {"none: aligned", [] { go(alignment_kernel<0>); }},

@@ -1,7 +1,8 @@
 // Two accesses to a byte conflict if one of them is a plain write, or one is plain and the other atomic
 // and writes. They race unless something orders them: an earlier launch, a barrier of the block between
-// them, a __syncwarp() of their warp, or being of one thread. Whether they do is told from the stamps of
-// the last accesses to each byte, whatever order the threads happened to run in.
+// them, a __syncwarp() of their warp, being of one thread, or, between blocks, fences and atomics
+// (visibility.h). Whether they do is told from the stamps of the last accesses to each byte, whatever order
+// the threads happened to run in.
 //
 // The compiler tells of each access: kernels are compiled with -fsanitize=thread, but linked with the
 // callbacks at the end of this file instead of ThreadSanitizer's.
@@ -19,6 +20,7 @@
 #include "emulator.h"
 #include "scheduler.h"
 #include "symbols.h"
+#include "visibility.h"
 
 extern "C" {
 __attribute__((weak)) void __asan_poison_memory_region(void const volatile*, size_t);
@@ -32,14 +34,22 @@ namespace {
 // Time is counted in epochs: one begins with each launch, block and barrier.
 uint32_t now = 0, launch_epoch = 0, block_epoch = 0;
 std::vector<uint32_t> warp_epochs;  // of the running block, counted apart for each warp
+std::vector<uint32_t> fences;       // that each of its threads has passed
 
 struct Stamp {
   uint32_t epoch;  // 0: never
   uint32_t warp_epoch;
   uint32_t code;  // offset in the module
-  uint16_t thread;
-  bool atomic;
+  uint32_t thread : 10, atomic : 1, fences : 21;
+
+  visibility::Moment moment() const { return {epoch, warp_epoch, uint16_t(thread), fences}; }
 };
+static_assert(kMostThreads == 1 << 10);
+
+Stamp stamp_of_now(uint32_t code, bool atomic) {
+  const unsigned thread = running_thread();
+  return {now, warp_epochs[thread / kWarp], code, thread, atomic, fences[thread]};
+}
 
 struct Cell {
   Stamp write;     // the last one
@@ -152,7 +162,8 @@ bool checking = false;  // the kernels of this build tell of their accesses
 
 bool is_ordered(const Stamp& stamp, const Region& region) {
   if (stamp.epoch < launch_epoch) return true;
-  if (stamp.epoch < block_epoch) return region.shared;  // another block: of shared memory it has its own
+  if (stamp.epoch < block_epoch)  // another block: of shared memory it has its own
+    return region.shared || visibility::is_visible(stamp.moment(), stamp_of_now(0, false).moment());
   if (stamp.epoch < now) return true;
   const unsigned me = running_thread(), warp = me / kWarp;
   return stamp.thread == me || (stamp.thread / kWarp == warp && stamp.warp_epoch < warp_epochs[warp]);
@@ -164,8 +175,10 @@ struct Access {
   Kind kind;
   const void* code;
 
+  bool is_read() const { return kind == Kind::read || kind == Kind::read_past_l1; }
+
   [[noreturn]] void report(const std::string& what, const std::string& more) const {
-    const char* verb = kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic access";
+    const char* verb = is_read() ? "read" : kind == Kind::write ? "write" : "atomic access";
     fail(what + ": " + verb + " of " + std::to_string(bytes) + " bytes at " + symbols::line_of(code) + " by " +
          describe_thread(running_thread()) + ", " + more);
   }
@@ -195,6 +208,13 @@ struct Access {
                        " by thread " + std::to_string(earlier.thread) +
                        (earlier.epoch < block_epoch ? " of another block" : " of this block"));
   }
+
+  // L1 is not coherent, and a compiler may read through a cache of constants what a kernel only reads.
+  void check_cache(const Stamp& write, const Region& region, size_t at) const {
+    if (kind == Kind::read_past_l1 || region.shared || write.epoch < launch_epoch || write.epoch >= block_epoch) return;
+    report("read through L1", "byte " + std::to_string(at) + " of " + describe(region) +
+                                  ", which another block of this launch has written: read it with __ldcg");
+  }
 };
 
 void remember_read(Cell& cell, const Stamp& me) {
@@ -214,10 +234,9 @@ void access(const void* address, size_t bytes, Kind kind, const void* code) {
   if (size_t(a.address - launch_arguments) < launch_argument_bytes) return;
   Region* region = find(a.address);
   if (!region || a.address + bytes > region->begin + region->bytes) a.report_bounds();
-  if (kind != Kind::read && !region->writable) a.report("write to an input", Access::describe(*region));
+  if (!a.is_read() && !region->writable) a.report("write to an input", Access::describe(*region));
   const auto offset = uint32_t(static_cast<const char*>(code) - symbols::module_begin());
-  const unsigned thread = running_thread();
-  const Stamp me{now, warp_epochs[thread / kWarp], offset, uint16_t(thread), kind == Kind::atomic};
+  const Stamp me = stamp_of_now(offset, kind == Kind::atomic);
   const size_t first = size_t(a.address - region->begin);
   for (size_t i = first; i < first + bytes; ++i) {
     Cell& cell = region->cells[i];
@@ -226,19 +245,22 @@ void access(const void* address, size_t bytes, Kind kind, const void* code) {
       a.report("uninitialised read", "byte " + std::to_string(i) + " of " + Access::describe(*region));
     }
     if (!(me.atomic && cell.write.atomic)) a.check_order(cell.write, "write", *region, i);
-    if (kind == Kind::read) {
+    if (a.is_read()) {
+      a.check_cache(cell.write, *region, i);
       remember_read(cell, me);
     } else {
       for (const Stamp& read : cell.reads) a.check_order(read, "read", *region, i);
       cell.write = me;
     }
   }
+  if (kind == Kind::atomic && !region->shared) visibility::atomic(address, me.moment());
 }
 
 Launch::Launch(const void* arguments, size_t bytes, size_t shared_bytes) {
   launch_arguments = static_cast<const char*>(arguments);
   launch_argument_bytes = bytes;
   launch_epoch = ++now;
+  visibility::begin_launch();
   dynamic.memory.resize(shared_bytes + (kMostArrays + 2) * kGap);
   dynamic.bytes = shared_bytes;
   poison(dynamic.memory.data(), dynamic.memory.size(), true);
@@ -255,16 +277,41 @@ Launch::~Launch() {
 void begin_block(unsigned warps, unsigned seed) {
   block_epoch = ++now;
   warp_epochs.assign(warps, 1);
+  fences.assign(warps * kWarp, 0);
+  visibility::begin_block(block_epoch);
   const int garbage = seed == 0 ? 0xdb : seed == 1 ? 0 : int(block_epoch * 37 + seed) & 0xff;
   for (const Span& s : static_arrays) std::memset(s.begin, garbage, s.bytes);
   for (const auto& [offset, array] : dynamic.arrays) std::memset(array.begin, garbage, array.bytes);
   shared_garbage = garbage;
 }
 
-void block_barrier() { ++now; }
+void block_barrier() {
+  ++now;
+  visibility::block_barrier();
+}
 void warp_barrier(unsigned warp) { ++warp_epochs[warp]; }
 
 }  // namespace memory
+
+void fence() {
+  ++memory::fences[running_thread()];
+  visibility::fence(memory::stamp_of_now(0, false).moment());
+}
+
+void read_past_l1(const void* address, size_t bytes, const void* code) {
+  memory::access(address, bytes, memory::Kind::read_past_l1, code);
+}
+
+void clear(void* begin, size_t bytes) {
+  if (bytes == 0) return;
+  memory::Region* region = memory::find(static_cast<char*>(begin));
+  if (!region || !region->writable || static_cast<char*>(begin) + bytes > region->begin + region->bytes)
+    throw std::runtime_error("emulator: out of bounds: " + std::to_string(bytes) + " bytes are cleared");
+  std::memset(begin, 0, bytes);
+  ++memory::now;
+  memory::Cell* const cells = region->cells.get() + (static_cast<char*>(begin) - region->begin);
+  for (size_t i = 0; i < bytes; ++i) cells[i].write = {memory::now, 0, 0, 0, false, 0};
+}
 
 void* carve(size_t offset, size_t bytes) {
   using namespace memory;

@@ -4,7 +4,7 @@
 
 namespace emulator::memory {
 
-enum class Kind { read, write, atomic };
+enum class Kind { read, read_past_l1, write, atomic };
 
 // Lasts as long as the threads of a launch run. Its arguments are the only memory of the host's that they may read.
 struct Launch {

@@ -1,7 +1,7 @@
 """Breaks the CUDA kernels one place at a time and sees whether the tests notice, in the emulator.
 
-A mutant has one barrier removed (``__syncthreads``, ``__syncwarp``; a vote keeps the thread's own value)
-or one ``<`` turned into ``<=``. All mutants are in one build, of a copy of the sources. Each runs the
+A mutant has one barrier removed (``__syncthreads``, ``__syncwarp``, ``__threadfence``; a vote keeps the thread's own
+value) or one ``<`` turned into ``<=``. All mutants are in one build, of a copy of the sources. Each runs the
 cases of its room's ops in a process of its own, in every order of threads and against the CPU's bits, and
 then the room's own tests. One that nothing notices must be explained in survivors.txt; exit status 1 otherwise.
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 8  # of CPU time that a call may take: a mutant that hangs is noticed
 LARGE = 100_000  # bytes; cases above run in one order of threads only
 
-BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
+BARRIER = re.compile(r"__(?:sync(?:threads|warp)|threadfence)\(\);")
 VOTE = re.compile(r"(__syncthreads_or)\((\w+)\)")
 LESS = re.compile(r" < ")
 

@@ -1,0 +1,41 @@
+#pragma once
+// How the last block to finish goes on with what the others have written.
+//
+// Each block takes a ticket once its writes are done; the block that takes the last one may read them. By CUDA's
+// memory model that needs three things: a fence between the writes and the ticket, a fence between the ticket and
+// the reads, and reads that neither L1 nor the cache of constants answers (load_written).
+#include <type_traits>
+
+#include "common/gpu.h"
+
+namespace ssd_ext::gpu {
+
+// Whether this block is the last of `blocks` that take the ticket, in all its threads, which call this together.
+// *ticket is 0 before the launch: gpu::clear() or an earlier kernel sees to that.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
+  __syncthreads();  // all threads have written what they had to
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == blocks - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(last);
+}
+
+// Reads what another block of the same launch has written, after is_last_block(); in one access, so that T is
+// aligned to its size, at most 16 bytes.
+template <class T>
+__device__ __forceinline__ T load_written(const T* p) {
+  static_assert(alignof(T) == sizeof(T) && std::is_trivially_copyable_v<T>);
+#if defined(SSD_EXT_EMULATE)
+  return __ldcg(p);
+#else
+  using Word = std::conditional_t<sizeof(T) == 16, uint4,
+                                  std::conditional_t<sizeof(T) == 8, unsigned long long,
+                                                     std::conditional_t<sizeof(T) == 4, unsigned, unsigned char> > >;
+  return bit_cast<T>(__ldcg(reinterpret_cast<const Word*>(p)));
+#endif
+}
+
+}  // namespace ssd_ext::gpu
