@@ -1,15 +1,9 @@
 #pragma once
 // Selection by the threads of one block, which call these functions together.
 #include "common/gpu.h"
+#include "common/gpu_warp.h"
 
 namespace ssd_ext::gpu {
-
-// Lane l takes x of lane l ^ 16, then of l ^ 8, ... l ^ 1: one order for sums of doubles, too.
-template <class X>
-__device__ X warp_sum(X x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
-  return x;
-}
 
 // Sum of x over the lanes before this one.
 __device__ inline int64_t sum_before(int64_t x, int lane) {

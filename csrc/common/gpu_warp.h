@@ -1,0 +1,33 @@
+#pragma once
+// Reductions over the 32 lanes of a warp, which all of them call together; each gets the result.
+#include "common/gpu.h"
+
+namespace ssd_ext::gpu {
+
+// Lane l takes x of lane l ^ 16, then of l ^ 8, ... l ^ 1: one order for sums of doubles, too.
+template <class X>
+__device__ X warp_sum(X x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+
+// The maximum of x. One instruction from Ampere (sm_80) on; Turing exchanges lanes.
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const uint32_t other = __shfl_xor_sync(kFullMask, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+#else
+  return __reduce_max_sync(kFullMask, x);
+#endif
+}
+
+// The same of 64 bits, for which no GPU has an instruction: the upper halves decide, among equals the lower ones.
+__device__ __forceinline__ uint64_t warp_max(uint64_t x) {
+  const uint32_t upper = uint32_t(x >> 32), most = warp_max(upper);
+  return uint64_t(most) << 32 | warp_max(upper == most ? uint32_t(x) : 0u);
+}
+
+}  // namespace ssd_ext::gpu
