@@ -1,6 +1,7 @@
 #include "detect/detect.h"
 
 #include "common/gpu_select.h"
+#include "common/gpu_sort.h"
 #include "common/gpu_tile.h"
 
 // One pass over the logits appends every candidate to its image's list, in any order: keys order them. A
@@ -286,22 +287,9 @@ __device__ int next_chunk(const Key<C>* list, int64_t n, Key<C> last, Visit<C>& 
   }
   __syncthreads();  // all are gathered
   const int count = int(shared.gathered);
-  // Bitonic sort, falling; behind the keys stand zeros.
-  int size = 2;
+  int size = gpu::kLeastSorted;
   while (size < count) size *= 2;
-  for (int run = 2; run <= size; run *= 2) {
-    for (int step = run / 2; step > 0; step /= 2) {
-      const int other = thread ^ step;
-      if (thread < other && thread < size) {
-        const Key<C> a = shared.keys[thread], b = shared.keys[other];
-        if ((a < b) == ((thread & run) == 0)) {
-          shared.keys[thread] = b;
-          shared.keys[other] = a;
-        }
-      }
-      __syncthreads();  // the step is done
-    }
-  }
+  gpu::sort_falling(shared.keys, size);  // after the keys stand zeros
   return count;
 }
 
