@@ -1,12 +1,25 @@
-"""What nvcc makes of every kernel for the H100: registers, memory, width of accesses, occupancy.
+"""What nvcc makes of every kernel for the H100: registers, memory, occupancy, loads in flight, width of accesses.
 
 python tests/compile_report.py              compile csrc/*/*.cu, print the table and the faults
 python tests/compile_report.py build.log    only look for spills, in the log of a build with -Xptxas=-v
+
+Columns that need a word; a range is from the least to the most:
+
+loads          global loads in flight: issued in a straight run of instructions before one of them is used. Of each
+               innermost loop that loads, its longest run; of a kernel without such a loop, its longest
+KB/SM          bytes of those loads, times the threads that a multiprocessor runs at a time. The H100's memory is
+               busy from about 32 on
+streamed       loads in flight of the source line that STREAMING names
+instr/element  instructions of the loop around them for each element that it loads by that line; "<=" where a branch
+               can skip some, "?" where another loop is inside
+accesses       bytes that a lane moves. Two lanes fill a sector of memory (32 bytes) with stores of 16 bytes; with
+               narrower stores, a row that begins anywhere leaves sectors that are written in part
 """
 
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -17,8 +30,10 @@ import sysconfig
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = "sm_90"
@@ -38,6 +53,20 @@ WIDE = {
     "nms::suppress_kernel": "LDG:C",
     "soft_nms::soft_nms_kernel": "LDG:T STG:C",
 }
+
+# What streams: kernel (a regular expression that its name begins with), LDG or STG, what an element is, and text of
+# the source line that loads or stores it. Of these loads, LOADS_IN_FLIGHT or more are in flight at a time; none of
+# these stores is narrower than 16 bytes, of halves 8. An element is of the tensors' type (T) or int64.
+STREAMING = [
+    ("boxes::encode_kernel", "STG", "T", "gpu::store_four(deltas"),
+    ("boxes::decode_kernel", "STG", "T", "gpu::store_four(boxes"),
+    ("detect::collect_kernel", "LDG", "T", "most[i] = max_of(logit("),
+    ("mining::hard_negatives_kernel", "LDG", "int64", "label = row.labels[i]"),
+]
+LOADS_IN_FLIGHT = 4
+
+# What makes arithmetic on the GPU equal to the CPU's, to the bit.
+EXACT = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 
 # Dynamic shared memory, which the launchers choose: the most bytes a block of theirs asks for.
 DYNAMIC_SHARED = {
@@ -60,7 +89,7 @@ class Kernel:
     stack: int  # local memory, of the kernel and what it calls
     spills: int
     threads: int = 0  # of a block, by __launch_bounds__; 0: not bounded
-    code: str = ""  # disassembled
+    code: sass.Code = field(default_factory=sass.Code)
     blocks: int | None = None  # that one multiprocessor runs at a time
 
     @property
@@ -70,16 +99,27 @@ class Kernel:
     @property
     def dynamic_shared(self):
         """0 if there is none, None if DYNAMIC_SHARED does not tell."""
-        uses_shared = re.search(r"\b(LDS|STS|ATOMS)\b", self.code)
+        uses_shared = self.code.named("LDS", "STS", "ATOMS")
         return DYNAMIC_SHARED.get(self.template, None if uses_shared and not self.shared else 0)
 
     @property
     def is_half(self):
         return "<half" in self.name or "<bfloat16" in self.name
 
+    @property
+    def streams(self):
+        """What STREAMING says of this kernel."""
+        return [claim for name, *claim in STREAMING if re.match(name, self.name)]
+
+    def size_of(self, element):
+        """Bytes of an element of STREAMING."""
+        if element == "int64" or "<double" in self.name:
+            return 8
+        return 2 if self.is_half else 4
+
 
 def find_tool(name):
-    """A program of this Python, of Triton (CUDA's disassemblers come with every torch for CUDA) or of PATH."""
+    """A program of this Python, of Triton (CUDA's disassembler comes with every torch for CUDA) or of PATH."""
     triton = importlib.util.find_spec("triton")
     bundled = [f"{folder}/backends/nvidia/bin" for folder in (triton.submodule_search_locations if triton else [])]
     return shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), *bundled, os.environ["PATH"]]))
@@ -87,7 +127,7 @@ def find_tool(name):
 
 def missing():
     """What the report needs and this machine lacks."""
-    programs = ("nvcc", "cmake", "ninja", "c++filt", "cuobjdump", "nvdisasm")
+    programs = ("nvcc", "cmake", "ninja", "c++filt", "nvdisasm")
     lacking = [name for name in programs if not find_tool(name)]
     return lacking + ["pybind11"] * (not importlib.util.find_spec("pybind11"))
 
@@ -137,16 +177,16 @@ def read_ptxas(log):
 
 def read_cubin(cubin, kernels):
     """Fills in what only the compiled file tells: the bound on threads, and the code."""
-    dump = run(find_tool("cuobjdump"), "-elf", "-sass", cubin)
     by_symbol = {kernel.symbol: kernel for kernel in kernels}
-    for section in re.split(r"^\.nv\.info\.", dump, flags=re.M)[1:]:
-        bound = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(\w+) (\w+) (\w+)", section)
-        if bound:
-            x, y, z = (int(size, 16) for size in bound.groups())
-            by_symbol[section.split(maxsplit=1)[0]].threads = x * y * z
-    for section in re.split(r"^\s*Function : ", dump, flags=re.M)[1:]:
-        symbol, code = section.split(maxsplit=1)
-        by_symbol[symbol].code = code
+    for section in run(find_tool("nvdisasm"), "-gi", cubin).split("\n\t.section\t")[1:]:
+        name = section.split(",")[0]
+        if name.startswith(".text."):
+            by_symbol[name.removeprefix(".text.")].code = sass.read(section)
+        elif name.startswith(".nv.info."):
+            bound = section.partition("EIATTR_MAX_THREADS")[2].split(".word")[1:4]
+            if bound:
+                threads = math.prod(int(size.split()[0], 16) for size in bound)
+                by_symbol[name.removeprefix(".nv.info.")].threads = threads
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -168,11 +208,17 @@ def compile_commands(folder):
     return {Path(e["file"]): shlex.split(e["command"]) for e in entries if e["file"].endswith(".cu")}
 
 
-def compile_kernels(source, command, folder):
+def inexact_flags(command):
+    """Those of EXACT that the command lacks, or undoes later on."""
+    last = {flag.partition("=")[0]: flag for flag in command}
+    return [flag for flag in EXACT if last.get(flag.partition("=")[0]) != flag]
+
+
+def compile_kernels(source, command, folder, *more_flags):
     """The kernels of one file, compiled by a command of compile_commands()."""
     cubin = folder / f"{source.stem}.cubin"
     flags = command[: command.index("-c")]
-    log = run(*flags, "-cubin", "-Xptxas=-v", source, "-o", cubin)
+    log = run(*flags, *more_flags, "-cubin", "-lineinfo", "-Xptxas=-v", source, "-o", cubin)
     kernels = read_ptxas(log)
     read_cubin(cubin, kernels)
     return kernels
@@ -183,6 +229,9 @@ def compile_all(commands, folder):
     left_out = sorted(str(path) for path in set(ROOT.glob("csrc/*/*.cu")) - set(commands))
     if left_out:
         raise ValueError(f"CMakeLists.txt does not compile {', '.join(left_out)}")
+    for source, command in commands.items():
+        if inexact_flags(command):
+            raise ValueError(f"CMakeLists.txt compiles {source} without {' '.join(inexact_flags(command))}")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         files = pool.map(lambda item: compile_kernels(*item, folder), commands.items())
         kernels = sorted((k for of_file in files for k in of_file), key=lambda k: k.name)
@@ -201,15 +250,33 @@ def count_blocks(kernels, folder):
 
 # ---- judging -------------------------------------------------------------------------------------
 
-ACCESS = re.compile(r"\b((?:LD|ST)[GS])((?:\.\w+)*) [^;]*?\[([^][]+?)(?:\+(-?0x[0-9a-f]+))?\] ?[,;]")
-BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+# What nvcc flushes to zero under -ftz=false, too, in results that are exact all the same: an instruction, and the
+# one that made an operand of it.
+FLUSHED = [
+    (r"F2I\.FTZ\.U32\.TRUNC\.NTZ ", r"(VIADD|IADD3) .*, 0xffffffe\b"),  # division of integers: 2^32 / y, from below
+    (r"FADD\.FTZ R\d+, -R\d+, -RZ$", r"FFMA .*, -1$"),  # 1 / x: the error of MUFU.RCP
+    (r"FMUL\.FTZ ", r"MUFU\.RSQ "),  # a square root: the first guess
+]
 
 
-def accesses(kernel):
-    """(instruction, bytes, base register, offset) of each access to global and shared memory."""
-    for instruction, modifiers, base, offset in ACCESS.findall(kernel.code):
-        size = next((BYTES[m] for m in modifiers.split(".") if m in BYTES), 4)
-        yield instruction, size, base, int(offset or "0", 16)
+def inexact(code):
+    """Opcodes, and subroutines of CUDA, that flush denormals to zero or round otherwise than the CPU.
+
+    MUFU.RCP and MUFU.RSQ only begin the division or square root that other instructions make exact.
+    """
+    found = set()
+    written_by = {}  # the last instruction that wrote each register
+    for i in code.instructions:
+        text = f"{i.opcode} {i.operands}"
+        target, *sources = re.findall(r"\bR\d+\b", i.operands) or [None]
+        makers = [written_by.get(register, "") for register in sources]
+        exact = any(re.match(a, text) and any(re.match(b, maker) for maker in makers) for a, b in FLUSHED)
+        if re.match(r"MUFU\.(?!RCP|RSQ)", text) or (".FTZ" in i.opcode and not exact):
+            found.add(i.opcode)
+        found |= set(re.findall(r"__cuda\w+_ftz_\w+", i.operands))
+        if target and i.operands.startswith(target):
+            written_by[target] = text
+    return found
 
 
 def faults(kernel):
@@ -222,12 +289,18 @@ def faults(kernel):
         yield f"keeps {kernel.stack} bytes a thread in local memory"
     if kernel.blocks == 0:
         yield "does not fit a multiprocessor"
-    for spin in set(re.findall(r"\bATOMS\S*SPIN\S*", kernel.code)):
+    for spin in sorted({i.opcode for i in kernel.code.named("ATOMS") if "SPIN" in i.opcode}):
         yield f"spins over an atomic in shared memory: {spin}"
+    if "rough" not in kernel.name:
+        for name in sorted(inexact(kernel.code)):
+            yield f"does not compute what the CPU computes: {name}"
+    for claim in kernel.streams:
+        yield from streaming_faults(kernel, *claim)
 
     offsets = defaultdict(set)
-    for instruction, size, base, offset in accesses(kernel):
-        offsets[instruction, size, base].add(offset)
+    for i in kernel.code.named("LDG", "STG", "LDS", "STS"):
+        base, offset = i.address
+        offsets[i.name, i.bytes, base].add(offset)
     for claim in WIDE.get(kernel.template, "").split():
         instruction, of = claim.split(":")
         wide = 8 if of == "T" and kernel.is_half else 16
@@ -242,20 +315,60 @@ def faults(kernel):
         yield f"moves four neighbours of {size} bytes one by one: {instruction}"
 
 
+def streaming_faults(kernel, instruction, element, text):
+    accesses = [i for i in kernel.code.named(instruction) if i.is_from(text)]
+    if not accesses:
+        yield f"has no {instruction} in a line with: {text}"
+    elif instruction == "STG":
+        narrowest = min(i.bytes for i in accesses)
+        if narrowest < (8 if kernel.is_half else 16):
+            yield f"streams with stores of {narrowest} bytes a lane: {text}"
+    else:
+        in_flight, _ = kernel.code.streamed(text, kernel.size_of(element))
+        if in_flight < LOADS_IN_FLIGHT:
+            yield f"streams with {in_flight} of {LOADS_IN_FLIGHT} loads in flight: {text}"
+
+
+def spread(values):
+    """4, or 1-16 for the least and the most."""
+    ordered = sorted(set(values))
+    return "-".join(map(str, ordered[:1] + ordered[1:][-1:]))
+
+
+def load_cells(kernel):
+    runs = kernel.code.in_flight()
+    in_flight = [sum(kernel.code.instructions[index].bytes for index in run) for run in runs]
+    streamed = [
+        kernel.code.streamed(text, kernel.size_of(element))
+        for instruction, element, text in kernel.streams
+        if instruction == "LDG"
+    ]
+    return (
+        spread(map(len, runs)),
+        spread(size * kernel.blocks * kernel.threads // 1024 for size in in_flight),
+        " ".join(str(count) for count, _ in streamed),
+        " ".join(cost for _, cost in streamed),
+    )
+
+
+def access_cell(kernel):
+    sizes = defaultdict(list)
+    for i in kernel.code.named("LDG", "STG", "LDS", "STS"):
+        sizes[i.name].append(i.bytes)
+    return " ".join(f"{name} {spread(of_name)}" for name, of_name in sorted(sizes.items()))
+
+
 def table(kernels):
     """One line a kernel."""
     sizes = ("shared", "dynamic", "local", "spills")
-    columns = ("kernel", "registers", "threads", "blocks/SM", "occupancy", *sizes, "widest accesses, bytes")
+    loads = ("loads", "KB/SM", "streamed", "instr/element")
+    columns = ("kernel", "registers", "threads", "blocks/SM", "occupancy", *sizes, *loads, "accesses")
     lines = [columns]
     for k in kernels:
-        widest = defaultdict(int)
-        for instruction, size, _, _ in accesses(k):
-            widest[instruction] = max(widest[instruction], size)
         unknown = k.dynamic_shared is None
         occupancy = f"{'<= ' * unknown}{k.blocks * k.threads / MOST_THREADS:.0%}"
         sizes = (k.shared, "?" if unknown else k.dynamic_shared, k.stack, k.spills)
-        wide = " ".join(f"{instruction} {size}" for instruction, size in sorted(widest.items()))
-        lines.append((k.name, k.registers, k.threads, k.blocks, occupancy, *sizes, wide))
+        lines.append((k.name, k.registers, k.threads, k.blocks, occupancy, *sizes, *load_cells(k), access_cell(k)))
     widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
     alignments = "<" + ">" * (len(columns) - 2) + "<"
     return "\n".join(

@@ -1,4 +1,5 @@
-"""The kernels as compiled for the H100: no spills, no local memory, wide accesses; and planted faults are seen."""
+"""The kernels as compiled for the H100: no spills, wide accesses, loads in flight, the CPU's arithmetic; and planted
+faults are seen."""
 
 import re
 
@@ -68,6 +69,46 @@ __global__ void unbounded(int* x) {
 }
 template __global__ void unbounded<Order::down, 4>(int*);
 
+// Unrolled, it loads four before it adds the first.
+template <int each>
+__global__ void __launch_bounds__(256) sums(const float* __restrict__ x, float* __restrict__ out, int n) {
+  float sum = 0;
+#pragma unroll(each)
+  for (int i = threadIdx.x; i < n; i += 256) sum += x[i];
+  out[threadIdx.x] = sum;
+}
+template __global__ void sums<1>(const float*, float*, int);
+template __global__ void sums<4>(const float*, float*, int);
+
+// Unrolled, but each load waits for the one before.
+__global__ void __launch_bounds__(256) follows(const int* __restrict__ next, int* __restrict__ x, int n) {
+  int i = threadIdx.x;
+#pragma unroll 4
+  for (int k = 0; k < n; ++k) i = next[i];
+  x[threadIdx.x] = i;
+}
+
+template <class V>
+__global__ void __launch_bounds__(256) clears(V* __restrict__ x) {
+  x[gpu::global_index()] = V{};
+}
+template __global__ void clears<float>(float*);
+template __global__ void clears<float4>(float4*);
+
+__device__ float approximation(float x) { return __expf(__logf(x)); }
+__global__ void __launch_bounds__(256) approximates(float* x) { x[threadIdx.x] = approximation(x[threadIdx.x]); }
+__global__ void __launch_bounds__(256) rough_kernel(float* x) { x[threadIdx.x] = approximation(x[threadIdx.x]); }
+
+// As exact as the CPU, in spite of the instructions that it takes.
+__global__ void __launch_bounds__(256) divides(float* x, double* y, unsigned* n, unsigned long long* m) {
+  const int i = threadIdx.x;
+  x[i] = sqrtf(x[i]) + x[i + 256] / x[i + 512] + 1 / x[i + 768];
+  y[i] = sqrt(y[i]) + y[i + 256] / y[i + 512] + 1 / y[i + 768];
+  n[i] = n[i] / n[i + 256] + n[i + 512] % n[i + 768];
+  m[i] = m[i] / m[i + 256] + m[i + 512] % m[i + 768];
+}
+__global__ void __launch_bounds__(256) converts(float* x, unsigned* n) { n[threadIdx.x] = unsigned(x[threadIdx.x]); }
+
 }  // namespace
 }  // namespace ssd_ext::boxes
 """
@@ -89,6 +130,32 @@ FAULTS = {  # of each planted kernel: patterns
     "indexes_an_array": ["keeps 64 bytes a thread in local memory"],
     "spins": [r"spins over an atomic in shared memory: ATOMS\.\S*SPIN\.64"],
     "unbounded<1, 4>": ["has no __launch_bounds__"],
+    "sums<1>": [r"streams with 1 of 4 loads in flight: sum \+= .*", "has no LDG in a line with: no such line"],
+    "sums<4>": [],
+    "follows": ["streams with 1 of 4 loads in flight: i = next.*"],
+    "clears<float>": ["streams with stores of 4 bytes a lane: x.*"],
+    "clears<float4>": [],
+    "approximates": [f"does not compute what the CPU computes: MUFU.{name}" for name in ("EX2", "LG2")],
+    "rough_kernel": [],
+    "divides": [],
+    "converts": [],
+}
+STREAMING = [
+    ("boxes::sums", "LDG", "T", "sum += x[i]"),
+    ("boxes::sums<1>", "LDG", "T", "no such line"),
+    ("boxes::follows", "LDG", "T", "i = next[i]"),
+    ("boxes::clears", "STG", "T", "x[gpu::global_index()] = V{}"),
+]
+FLUSHED = {  # under -ftz=true
+    "sums<4>": {"FADD.FTZ"},
+    "divides": {
+        "FADD.FTZ",
+        "__cuda_sm3x_div_rn_ftz_f32_slowpath",
+        "__cuda_sm20_rcp_rn_ftz_f32_slowpath",
+        "__cuda_sm20_sqrt_rn_ftz_f32_slowpath",
+    },
+    "converts": {"F2I.FTZ.U32.TRUNC.NTZ"},
+    "follows": set(),
 }
 
 
@@ -99,7 +166,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    return compile_report.compile_commands(folder)
+    """With flags from the environment that those of CMakeLists.txt must win over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDAFLAGS", "-use_fast_math -ftz=true -fmad=true")
+        return compile_report.compile_commands(folder)
 
 
 def test_kernels_have_no_fault(commands, folder):
@@ -108,19 +178,39 @@ def test_kernels_have_no_fault(commands, folder):
     assert [f"{k.name} {fault}" for k in kernels for fault in compile_report.faults(k)] == []
     claimed = set(compile_report.WIDE) | set(compile_report.DYNAMIC_SHARED)
     assert claimed <= {k.template for k in kernels}, "a claim about no kernel"
+    for name, *_ in compile_report.STREAMING:
+        assert any(re.match(name, k.name) for k in kernels), "a claim about no kernel"
 
 
-def test_planted_faults_are_seen(commands, tmp_path):
-    source = tmp_path / "planted.cu"
+def compile_planted(command, folder, *more_flags):
+    source = folder / "planted.cu"
     source.write_text(PLANTED)
-    kernels = compile_report.compile_kernels(source, next(iter(commands.values())), tmp_path)
-    by_name = {k.name.removeprefix("boxes::"): k for k in kernels}
+    kernels = compile_report.compile_kernels(source, command, folder, *more_flags)
+    return {k.name.removeprefix("boxes::"): k for k in kernels}
+
+
+def test_planted_faults_are_seen(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_report, "STREAMING", STREAMING)
+    by_name = compile_planted(next(iter(commands.values())), tmp_path)
     assert by_name.keys() == FAULTS.keys()
     for name, patterns in FAULTS.items():
         found = list(compile_report.faults(by_name[name]))
         assert len(found) == len(patterns) and all(map(re.fullmatch, patterns, found)), (name, found)
     assert by_name["unbounded<1, 4>"].dynamic_shared is None  # nobody told how much
     assert by_name["spins"].dynamic_shared == 0
+
+
+def test_flags_that_change_arithmetic(commands, tmp_path):
+    command = next(iter(commands.values()))
+    assert compile_report.inexact_flags(command) == []
+    for flag in compile_report.EXACT:
+        assert compile_report.inexact_flags([f for f in command if f != flag]) == [flag]
+    flushing = {source: [*command, "-ftz=true"] for source, command in commands.items()}
+    with pytest.raises(ValueError, match="without -ftz=false"):
+        compile_report.compile_all(flushing, tmp_path)
+    by_name = compile_planted(command, tmp_path, "-ftz=true")
+    for name, found in FLUSHED.items():
+        assert compile_report.inexact(by_name[name].code) == found, name
 
 
 @pytest.mark.parametrize(
