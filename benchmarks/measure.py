@@ -145,7 +145,7 @@ def measure(
         say("timing")
         timings = alternate(calls, clock, plan.seconds, plan.rounds) if calls else {}
     for name, timing in timings.items():
-        rows[name] |= _figures(timing)
+        rows[name] |= figures(timing)
     result = {"op": op.name, "case": case.name, "contenders": [{"name": name} | row for name, row in rows.items()]}
     if "median_ms" in rows.get(OURS, {}):
         result |= _compare(rows, least_bytes, memory_rate)
@@ -169,11 +169,11 @@ def _check(op, case, made, inputs, make, expected, clock, plan) -> tuple[dict[st
     if wrong:
         return {"status": "wrong", "note": wrong}, None, None
     if took > plan.slow:
-        return {"status": "once"} | _figures(Timing([took])), None, result
+        return {"status": "once"} | figures(Timing([took])), None, result
     return {"status": "timed"}, call, result
 
 
-def _figures(timing: Timing) -> dict[str, Any]:
+def figures(timing: Timing) -> dict[str, Any]:
     return {
         "median_ms": timing.median * 1e3,
         "spread": timing.spread,

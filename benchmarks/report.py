@@ -126,9 +126,35 @@ def scaling_table(name: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def base_table(found: Any, base: str) -> str:
+    """One op of base.py: times of the old build and of the new, then every difference."""
+    lines = [found.op]
+    if found.timings:
+        lines.append(f"  {'case':<28} {'old ms ':>11} {'spread':>7} {'new ms ':>11} {'spread':>7} {'old / new ':>11}")
+    for row in found.timings:
+        old, new = (f"{_pad(milliseconds(row[side])):>11} {row[side]['spread']:>7.0%}" for side in ("old", "new"))
+        lines.append(f"  {_shorten(row['case'], 28):<28} {old} {new} {_pad(faster(row['new'], row['old'])):>11}")
+    for difference in found.differences:
+        where = f"  DIFFERS: {difference['case']}, {difference['dtype']}, {difference['output']}: "
+        lines.append(where + difference["note"])
+    for missing in found.missing:
+        lines.append(f"  not in {base}: {missing['case']}, {missing['dtype']}: {_shorten(missing['note'], 60)}")
+    lines.append("  " + bits_text([found]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def bits_text(findings: list[Any]) -> str:
+    """How many comparisons there were and how many differ."""
+    total, missing = (sum(counts) for counts in zip(*((f.comparisons, len(f.missing)) for f in findings), strict=True))
+    text = f"bits: {total} comparisons, {sum(found.differing for found in findings)} differ"
+    return text + (f"; {missing} not possible" if missing else "")
+
+
 def conditions_text(conditions: dict[str, Any]) -> str:
     """Two or three lines to quote with any figure."""
     where = conditions["gpu"] or f"{conditions['cpu']}, {conditions['simd']}"
+    if conditions["device"] == "emulated":
+        where = f"CUDA kernels emulated on {where}"
     memory = f"memory copy {conditions['memory_gb_per_s']:.1f} GB/s"
     versions = ", ".join(f"{name} {version or '(absent)'}" for name, version in conditions["versions"].items())
     threads = f"{conditions['threads']} thread" + "s" * (conditions["threads"] != 1)

@@ -21,7 +21,22 @@ gets no speed, and the exit status is 1 where it is ours.
         "ratios": {"reference": 12.3, ...},   # the other's time over ours
         "best_peer": "torchvision"}, ...],    # the fastest of all others
      "scaling": [                      # with --scaling: {"op", "rows"}, results is empty
-       {"op": "decode", "rows": [{"batch": 1, "name": "ssd_ext", "status": "timed", "median_ms": ...}, ...]}]}
+       {"op": "decode", "rows": [{"batch": 1, "name": "ssd_ext", "status": "timed", "median_ms": ...}, ...]}],
+     "base": {                         # with --base, and results is empty
+       "revision": "HEAD~3", "commit": "1b2f...",       # null: a folder was named
+       "old": {"compiler": "GCC 12.2.0", ...}, "new": {...},     # _C.build_info(), SIMD level and package of both
+       "ops": [
+         {"op": "decode",
+          "comparisons": 54,           # each of a case in a dtype: all outputs and gradients
+          "differences": [{"case", "dtype", "output": "gradient of deltas", "note": "2 of 96 elements, first at ..."}],
+          "missing": [{"case", "dtype", "note"}],       # the old build has no such op or argument
+          "timings": [{"case": "SSD300 B=8", "old": {"median_ms", "spread", "samples", "dropped", "disturbed"},
+                       "new": {...}, "ratio": 1.2}]}]}}         # old over new
+
+``--base REV`` compares with another revision instead, which is built first (``revision.py``): every case of the ops
+to the bit, in every dtype and with the gradients, then both builds take turns on the cases of the benchmark
+(``base.py``). ``--quick`` leaves out the large cases that are not timed. The exit status is 1 where any bit differs.
+``--device emulated``, in a build with the emulator of CUDA, compares the bits of the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -31,6 +46,7 @@ import importlib.metadata
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,10 +61,13 @@ if not __package__:  # run as a script
 
 import torch  # noqa: E402
 
+import ssd_ext  # noqa: E402
 from benchmarks import report  # noqa: E402
+from benchmarks.base import DiedError, Found, RaisedError, Side, compare_builds  # noqa: E402
 from benchmarks.cases import OPS  # noqa: E402
 from benchmarks.measure import OURS, Plan, contenders_of, measure, measure_scaling  # noqa: E402
 from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
+from benchmarks.revision import Base, RevisionError, built  # noqa: E402
 from benchmarks.timing import CpuClock, CudaClock, memory_rate  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
@@ -65,7 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
         "checked against the float64 reference, then all take turns in one process.",
         epilog=f"ops: {', '.join(by_name)}",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda", "emulated"], default="cpu", help="where to run (default: cpu)"
+    )
     parser.add_argument(
         "--ops", nargs="+", choices=by_name, metavar="NAME", default=list(by_name), help="only these ops (default: all)"
     )
@@ -90,6 +111,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="OP",
         help=f"instead, time ours over B = 1, 2, 4 ... {BATCHES[-1]} (one of: {', '.join(scalable)})",
     )
+    parser.add_argument(
+        "--base",
+        metavar="REV",
+        help="instead, compare with this revision, or with the folder of another built tree: bits on all cases, then "
+        "times (with --device emulated, in a build with the emulator: bits of the CUDA kernels only)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the conditions")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a .png or .svg (needs matplotlib)")
     return parser
@@ -103,6 +130,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("argument --device: torch finds no CUDA device here")
     if args.device == "cuda" and "cuda" not in _C.build_info():
         parser.error("argument --device: ssd_ext was built without CUDA; rebuild with SSD_EXT_CUDA=ON")
+    if args.device == "emulated" and not (args.base and "emulator" in _C.build_info()):
+        parser.error("argument --device: emulated needs --base and a build with SSD_EXT_EMULATE (see CONTRIBUTING.md)")
+    if args.base and (args.plot or args.scaling):
+        parser.error("argument --base: not with --plot or --scaling, which show one build alone")
     if args.plot and args.scaling:
         parser.error("argument --plot: not with --scaling, which has nobody to compare with")
     for option, file in (("--json", args.json), ("--plot", args.plot)):
@@ -200,10 +231,34 @@ def scale(op, clock, plan) -> list[dict[str, Any]]:
     return rows
 
 
+def against_base(args, base: Base, plan, made, save) -> list[Found]:
+    """Compare this build with the other; the findings, op by op."""
+    here = Path(ssd_ext.__file__).resolve().parent.parent
+    common = args.device, args.threads, args.flush_l2
+    with Side(args.base, base.folder, *common) as old, Side("this build", here, *common) as new:
+        made["base"] = {"revision": args.base, "commit": base.commit, "old": old.info, "new": new.info, "ops": []}
+
+        def keep(findings: list[Found]) -> None:
+            made["base"]["ops"] = [asdict(found) for found in findings]
+            save([])
+
+        ops = [op for op in OPS if op.name in args.ops]
+        findings = compare_builds(ops, old, new, args.device, args.quick, plan, Progress, keep)
+    for fact in ("compiler", "torch_headers", "simd"):
+        if old.info[fact] != new.info[fact]:
+            print(f"\nnot built alike: {fact} is {old.info[fact]} in {args.base}, {new.info[fact]} here")
+    print(f"\n{report.bits_text(findings)}")
+    return findings
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
+    try:
+        base = built(args.base, _C.build_info(), args.device == "cuda") if args.base else None
+    except RevisionError as e:
+        parser.error(f"argument --base: {e}")
     # What torch.compile has to say about a reference is not this program's to report.
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch")
@@ -221,6 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(args.json, made)
 
     print(report.conditions_text(under), flush=True)
+    if base:
+        try:
+            findings = against_base(args, base, plan, made, save)
+        except (DiedError, RaisedError) as e:
+            sys.exit(f"run.py: {e}")
+        return int(any(found.differences for found in findings))
     if args.scaling:
         op = next(op for op in OPS if op.name == args.scaling)
         rows = scale(op, clock, plan)
