@@ -210,6 +210,6 @@ def compare_builds(
                 compare(op, case, timed, old, new, plan, found)
                 bar.step()
             done.append(found)
-            bar.print("\n" + report.base_table(found, old.name))
+            bar.print("\n" + report.base_table(found))
             save(done)
     return done

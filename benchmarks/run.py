@@ -148,7 +148,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error("argument --plot: needs matplotlib (pip install '.[bench]')")
 
 
-def conditions(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+def conditions(args: argparse.Namespace, rate: float | None) -> dict[str, Any]:
     cuda = args.device == "cuda"
     return {
         "device": args.device,
@@ -156,7 +156,7 @@ def conditions(args: argparse.Namespace, rate: float) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "threads": args.threads,
         "simd": _C.simd_level(),
-        "memory_gb_per_s": rate * 1e-9,
+        "memory_gb_per_s": rate and rate * 1e-9,
         "versions": {"torch": torch.__version__} | {name: _version(name) for name in ("torchvision", "onnxruntime")},
         "commit": commit(),
         "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     clock = CudaClock(args.flush_l2) if args.device == "cuda" else CpuClock()
     plan = QUICK if args.quick else Plan()
 
-    rate = memory_rate(clock)
+    rate = None if base else memory_rate(clock)
     under = conditions(args, rate)
     made = {"conditions": under, "results": []}
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -10,17 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import ssd_ext
 from benchmarks import measure as measuring
-from benchmarks import report, run
+from benchmarks import report, revision, run
+from benchmarks.base import Found, cases_of, difference, unlike
 from benchmarks.cases import OPS
 from benchmarks.cases.inputs import coco_gts
 from benchmarks.cases.spec import Case, MissingPeerError
 from benchmarks.measure import COMPILED, OURS, REFERENCE, Plan, contenders_of, measure, measure_scaling
 from benchmarks.timing import LEAST_TURNS, WAITING, CpuClock, Turn, alternate, settle
+from ssd_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 BRIEF = Plan(seconds=0.01, rounds=1)
-DECODE = next(op for op in OPS if op.name == "decode")
+OPS_BY_NAME = {op.name: op for op in OPS}
+DECODE = OPS_BY_NAME["decode"]
 SMALL = DECODE.cases[0]
 
 
@@ -177,6 +183,9 @@ def test_scaling_checks_and_times_every_batch():
         (["--plot", "picture.gif"], "must end in .png or .svg, got picture.gif"),
         (["--json", "no/such/place.json"], "no such directory"),
         (["--scaling", "decode", "--plot", "a.png"], "not with --scaling"),
+        (["--base", "HEAD", "--scaling", "decode"], "not with --plot or --scaling"),
+        (["--base", "HEAD", "--plot", "a.png"], "not with --plot or --scaling"),
+        (["--device", "emulated"], "emulated needs --base and a build with SSD_EXT_EMULATE"),
     ],
 )
 def test_a_wrong_argument_is_told_before_measuring(arguments, message, capsys):
@@ -227,3 +236,228 @@ def test_script_writes_figures_and_picture(tmp_path):
         assert result["best_peer"] in rows
         assert result["gb_per_s"] > 0
         assert result["ratios"][REFERENCE] > 0
+
+
+# ---- --base --------------------------------------------------------------------------------------
+
+PLANTED = """
+import os
+import sys
+from ssd_ext import _C
+
+def decode(deltas, priors):  # differs in its last number
+    print("no part of the protocol")
+    boxes = boxes_room.decode(deltas, priors)
+    boxes.view(-1)[-1:] += 1
+    return boxes
+
+def encode(boxes, priors):  # differs in its gradient
+    deltas = boxes_room.encode(boxes, priors)
+    if deltas.requires_grad:
+        deltas.register_hook(lambda gradient: gradient * 1.5)
+    return deltas
+
+def hard_negatives(loss):
+    "lacks an argument"
+
+def soft_nms(*arguments, **others):
+    os._exit(7)
+
+def soft_nms_padded(*arguments, **others):
+    raise RuntimeError("out of paper")
+
+def nms_padded(boxes, scores, iou_threshold, **others):  # differs where it has launched CUDA kernels
+    keep, count = nms_room.nms_padded(boxes, scores, iou_threshold, **others)
+    return keep, count + len(_C.emulator.launched_kernels())
+
+boxes_room, nms_room = (sys.modules[f"ssd_ext.ops.{name}"] for name in ("boxes", "nms"))
+del box_iou
+"""
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """A tree with the package as it is here, and faults planted in some of its ops."""
+    here = Path(ssd_ext.__file__).parent
+    tree = tmp_path_factory.mktemp("planted")
+    shutil.copytree(here, tree / "ssd_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (module,) = here.glob("_C*.so")
+    (tree / "ssd_ext" / module.name).symlink_to(module)
+    with (tree / "ssd_ext" / "ops" / "__init__.py").open("a") as ops:
+        ops.write(PLANTED)
+    return tree
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """The first two cases of each op, of which one is timed, briefly."""
+    ops = [dataclasses.replace(op, cases=[dataclasses.replace(op.cases[0], benchmark=True), op.cases[1]]) for op in OPS]
+    monkeypatch.setattr(run, "OPS", ops)
+    monkeypatch.setattr(run, "Plan", lambda: BRIEF)
+
+
+def test_builds_are_compared_to_the_bit_and_timed(planted, few_cases, tmp_path, capsys):
+    made = tmp_path / "made.json"
+    ops = ["decode", "encode", "hard_negatives", "box_iou", "soft_nms_padded", "match"]
+    assert run.main(["--base", str(planted), "--threads", "1", "--json", str(made), "--ops", *ops]) == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= report.WIDTH
+
+    told = json.loads(made.read_text())["base"]
+    assert told["old"]["package"] == str(planted / "ssd_ext")
+    assert told["new"]["package"] == str(Path(ssd_ext.__file__).parent)
+    found = {op["op"]: op for op in told["ops"]}
+    assert found.keys() == set(ops)
+    types = {"float32", "float64", "float16", "bfloat16"}
+    for name, output in (("decode", "output 0"), ("encode", "gradient of boxes"), ("soft_nms_padded", "all")):
+        assert {difference["output"] for difference in found[name]["differences"]} == {output}
+        assert {difference["dtype"] for difference in found[name]["differences"]} == types
+        assert found[name]["missing"] == []
+        assert f"DIFFERS: {OPS_BY_NAME[name].cases[0].name}, float32, {output}\n" in out
+    assert "1 of 28 elements, first at [6, 3]: " in found["decode"]["differences"][0]["note"]
+    assert found["soft_nms_padded"]["differences"][0]["note"] == "the old raised RuntimeError: out of paper"
+    for name, why in (("box_iou", "there is no op box_iou"), ("hard_negatives", "unexpected keyword argument")):
+        assert found[name]["comparisons"] == 0
+        assert len(found[name]["missing"]) == 8
+        assert found[name]["differences"] == found[name]["timings"] == []
+        assert why in found[name]["missing"][0]["note"]
+        assert f"not in the old, 8 comparisons: {found[name]['missing'][0]['note']}\n" in out
+    assert found["match"] == {"op": "match", "comparisons": 8} | {
+        "differences": [],
+        "missing": [],
+        "timings": found["match"]["timings"],
+    }
+    for name in ("decode", "encode", "match"):
+        (timing,) = found[name]["timings"]
+        assert timing["case"] == OPS_BY_NAME[name].cases[0].name
+        assert timing["ratio"] == timing["old"]["median_ms"] / timing["new"]["median_ms"]
+    assert out.endswith("\nbits: 32 comparisons, 24 differ; 16 not in the old\n")
+
+
+def test_equal_builds_exit_with_success(planted, monkeypatch):
+    findings = []
+    monkeypatch.setattr(run, "against_base", lambda *_: findings)
+    for equal, status in ((Found("match", 8), 0), (Found("nms", 8, differences=[{}]), 1), (Found("nms", 8), 1)):
+        findings.append(equal)
+        assert run.main(["--base", str(planted)]) == status
+
+
+@pytest.mark.skipif("emulator" not in _C.build_info(), reason="needs a build with SSD_EXT_EMULATE")
+def test_emulated_kernels_are_compared(planted, few_cases, monkeypatch, capsys):
+    large = OPS_BY_NAME["nms_padded"].cases[1].make
+    monkeypatch.setattr(run, "OPS", [dataclasses.replace(op, full_size=large) for op in run.OPS])
+    assert run.main(["--base", str(planted), "--device", "emulated", "--ops", "nms_padded"]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERS: full size, float32, output 1\n" in out
+    assert "old ms" not in out
+
+
+def test_a_build_that_dies_is_named(planted, few_cases, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--base", str(planted), "--threads", "1", "--ops", "soft_nms"])
+    where = f"soft_nms, {OPS_BY_NAME['soft_nms'].cases[0].name}, float32"
+    assert ended.value.code == f"run.py: the process of {planted} ended with status 7 in {where}"
+
+
+def test_every_bit_counts_but_those_of_nan():
+    a = torch.tensor([[1.0, 0.0], [math.nan, 2.0]])
+    assert difference(a, a.clone()) is None
+    assert difference(a, torch.tensor([[1.0, 0.0], [-math.nan, 2.0]])) is None
+    signed = "1 of 4 elements, first at [0, 1]: 0.0 in the old, -0.0 in the new"
+    assert difference(a, torch.tensor([[1.0, -0.0], [math.nan, 2.0]])) == signed
+    assert difference(a, a.nan_to_num(3.0)) == "1 of 4 elements, first at [1, 0]: nan in the old, 3.0 in the new"
+    assert "1.0 in the old, 1.0000001192092896 in the new" in difference(a, a.nextafter(a + 1))
+    assert difference(a, a.double()) == "[2, 2] of float32 in the old, [2, 2] of float64 in the new"
+    assert difference(a, a[:1]) == "[2, 2] of float32 in the old, [1, 2] of float32 in the new"
+    assert difference(torch.tensor(3), torch.tensor(4)) == "1 of 1 elements, first at []: 3 in the old, 4 in the new"
+    assert list(unlike({"a": a, "b": a}, {"a": a})) == [("b", "only in the old")]
+
+
+def test_an_emulator_gets_no_large_case_but_one():
+    for op in OPS:
+        small = [case for case in op.cases if not case.benchmark]
+        assert [case for case, _ in cases_of(op, "cpu", quick=False)] == op.cases
+        assert [case for case, _ in cases_of(op, "emulated", quick=True)] == small
+        *others, (last, timed) = cases_of(op, "emulated", quick=False)
+        assert [case for case, _ in others] == small
+        assert (last.name, timed) == ("full size", False)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A function that commits a setup.py in a repository of its own, which then is the one to build."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+
+    def git(*arguments):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    def commit(setup):
+        (tmp_path / "setup.py").write_text(setup)
+        git("add", "setup.py")
+        git("commit", "-m", "x", "--allow-empty")
+
+    git("init", "--quiet")
+    monkeypatch.setattr(revision, "ROOT", tmp_path.resolve())
+    monkeypatch.setattr(revision, "KEPT", tmp_path.resolve() / "build" / "base")
+    yield commit
+    assert git("worktree", "list").count("\n") == 1
+    assert not list(tmp_path.glob("build/base/unfinished-*"))
+
+
+def test_a_revision_is_built_once_and_like_this_build(repository):
+    repository(
+        "import os, pathlib\n"
+        "pathlib.Path('ssd_ext').mkdir()\n"
+        "told = os.environ['SSD_EXT_CUDA'] + os.environ['TORCH_CUDA_ARCH_LIST'] + os.environ['SSD_EXT_EMULATE']\n"
+        "pathlib.Path('ssd_ext/_C.so').write_text(told)\n"
+    )
+    info = {"cuda": "13.0", "cuda_architectures": "90-real,120"}
+    base = revision.built("HEAD", info, cuda=True)
+    module = base.folder / "ssd_ext" / "_C.so"
+    assert module.read_text() == "ON9.0;12.0+PTX"
+    written = module.stat().st_mtime_ns
+    assert revision.built("HEAD", info, cuda=True) == base
+    assert module.stat().st_mtime_ns == written
+    assert base.folder.name.startswith(base.commit[:12])
+    assert revision.built("HEAD", info | {"cuda": "13.1"}, cuda=True) != base
+
+
+def test_the_options_are_those_of_this_build():
+    cuda = {"cuda": "13.0", "cuda_architectures": "90"}
+    assert revision.options(cuda, cuda=False)["SSD_EXT_CUDA"] == "OFF"
+    assert revision.options(cuda, cuda=True)["TORCH_CUDA_ARCH_LIST"] == "9.0+PTX"
+    told = revision.options({"emulator": "CHECK", "sanitizers": "address"}, cuda=False)
+    assert told == {"SSD_EXT_CUDA": "ON", "SSD_EXT_EMULATE": "CHECK", "SSD_EXT_SANITIZE": "ON"}
+
+
+def test_a_build_that_fails_leaves_its_log_and_nothing_else(repository, capsys):
+    repository("import sys; sys.exit('no compiler')")
+    with pytest.raises(revision.RevisionError, match=r"could not be built: the end of build/base/\w+-\w+\.log stands"):
+        revision.built("HEAD", {}, cuda=False)
+    assert "no compiler" in capsys.readouterr().err
+
+
+def test_a_build_that_is_ended_leaves_nothing(repository):
+    repository("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)")
+    with pytest.raises(SystemExit):
+        revision.built("HEAD", {}, cuda=False)
+    with pytest.raises(KeyboardInterrupt), revision.worktree("HEAD"):
+        raise KeyboardInterrupt
+
+
+def test_a_base_that_is_none_is_told_with_the_remedy(repository, tmp_path, monkeypatch, capsys):
+    repository("")
+    (tmp_path / "ssd_ext").mkdir()
+    for base, message in (
+        ("no-such", "no revision 'no-such' here: `git log"),
+        (str(tmp_path), "the extension is not built"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run.main(["--base", base])
+        assert f"argument --base: {message}" in capsys.readouterr().err
+    monkeypatch.setattr(revision, "ROOT", tmp_path / "ssd_ext")
+    with pytest.raises(revision.RevisionError, match="is not a git checkout"):
+        revision.built("HEAD", {}, cuda=False)
