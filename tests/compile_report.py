@@ -10,8 +10,8 @@ loads          global loads in flight: issued in a straight run of instructions 
 KB/SM          bytes of those loads, times the threads that a multiprocessor runs at a time. The H100's memory is
                busy from about 32 on
 streamed       loads in flight of the source line that STREAMING names
-instr/element  instructions of the loop around them for each element that it loads by that line; "<=" where a branch
-               can skip some, "?" where another loop is inside
+instr/element  instructions of the loop around them for each element that a lane loads by that line; "<=" where a branch
+               can skip some, "+ loops" where the instructions of loops inside would come on top
 accesses       bytes that a lane moves. Two lanes fill a sector of memory (32 bytes) with stores of 16 bytes; with
                narrower stores, a row that begins anywhere leaves sectors that are written in part
 """

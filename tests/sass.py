@@ -103,8 +103,8 @@ class Code:
         """Of the loads that come from one source line: the most in flight, and the instructions an element, in words.
 
         Those are the instructions of the innermost loop around these loads, or of all the code if there is none,
-        divided by the elements of so many bytes that the loop loads by this line. It is a bound where a branch
-        can skip some of them, and unknown where another loop is inside.
+        divided by the elements of so many bytes that they load by this line. It is a bound where a branch can skip
+        some of them, and loops inside this one are not counted, but named.
         """
         runs = [[index for index in run if self.instructions[index].is_from(text)] for run in self.runs()]
         longest = max(runs, key=len, default=[])
@@ -112,12 +112,12 @@ class Code:
             return 0, ""
         around = [(first, last) for first, last in self.loops() if first <= longest[0] <= last]
         body = min(around, key=lambda loop: loop[1] - loop[0], default=(0, len(self.instructions) - 1))
-        if any(is_inside(loop, body) for loop in self.loops()):
-            return len(longest), "?"
-        code = self.instructions[body[0] : body[1] + 1]
+        inside = [loop for loop in self.loops() if is_inside(loop, body)]
+        counted = set(range(body[0], body[1] + 1)).difference(*(range(first, last + 1) for first, last in inside))
+        code = [self.instructions[index] for index in counted]
         elements = sum(i.bytes for i in code if i.name == "LDG" and i.is_from(text)) / element
-        skips = any(body[0] <= index < target <= body[1] for index, target in self.branches())
-        return len(longest), f"{'<= ' * skips}{len(code) / elements:.1f}"
+        skips = any(index in counted and index < target <= body[1] for index, target in self.branches())
+        return len(longest), f"{'<= ' * skips}{len(code) / elements:.1f}{' + loops' * bool(inside)}"
 
 
 def is_inside(loop, other):
