@@ -1,6 +1,8 @@
 #include "common/tensor.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #if defined(SSD_EXT_WITH_CUDA)
 // Declared here rather than by USE_CUDA, and weak: it lives in libtorch_cuda.so, and a CUDA build of
@@ -139,7 +141,12 @@ static const Tensor& declared(const Tensor& t, emulator::Content content) {
   return t;
 }
 static const Tensor& as_input(const Tensor& t) { return declared(t, emulator::Content::input); }
-static const Tensor& as_output(const Tensor& t) { return declared(t, emulator::Content::undefined); }
+// Of other content each time, so that a test which calls twice notices what no kernel writes.
+static const Tensor& as_output(const Tensor& t) {
+  const size_t bytes = static_cast<size_t>(span_of(t) * t.element_size());
+  if (bytes != 0) std::memset(t.mutable_data_ptr(), emulator::garbage(), bytes);
+  return declared(t, emulator::Content::undefined);
+}
 
 CudaLaunch::CudaLaunch(const char*, const Tensor&) : stream(nullptr) {}
 
@@ -172,9 +179,24 @@ Tensor cuda_input(const Tensor& t) {
 Tensor cuda_strided_input(const Tensor& t) { return as_input(t); }
 
 Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
-  return as_output(torch::stable::new_empty(like, shape, type));
+  if (!is_cuda(like)) return torch::stable::new_empty(like, shape, type);
+  // The stable new_empty() looks the op up by its name and boxes six arguments: longer than a small kernel takes.
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const int32_t dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type.value_or(like.scalar_type())));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  dtype, device, like.get_device_index(), &out));
+  return as_output(Tensor(out));
 }
 
-Tensor new_output_like(const Tensor& like) { return as_output(torch::stable::empty_like(like)); }
+Tensor new_output_like(const Tensor& like) {
+  if (like.is_contiguous()) return new_output(like, like.sizes());
+  const Tensor out = torch::stable::empty_like(like);  // of its strides
+  return is_cuda(like) ? as_output(out) : out;
+}
 
 }  // namespace ssd_ext

@@ -7,8 +7,8 @@
 namespace emulator {
 
 // While it is on, ops on CPU tensors run their CUDA kernels here. The seed orders threads and blocks:
-// 0: ascending, 1: descending, others: at random.
-void start(unsigned seed);
+// 0: ascending, 1: descending, others: at random. With `dry_run`, launches are counted and nothing runs.
+void start(unsigned seed, bool dry_run = false);
 void stop();
 bool is_on();
 
@@ -27,6 +27,12 @@ size_t declare_array(const void* array, size_t bytes, const void* workspace);
 // Kernels of this module, demangled, and those of them that have been launched.
 std::vector<std::string> kernels();
 std::vector<std::string> launched_kernels();
+
+// What has been launched since start(), in order; "clear" for gpu::clear().
+std::vector<std::string> launches();
+
+// A byte for fresh memory, another one each time; 0 in a dry run, in which lengths are read that nobody has written.
+unsigned char garbage();
 
 // Small kernels, each with one fault that a checker must report (faults.cu).
 std::vector<std::string> fault_names();

@@ -291,6 +291,16 @@ void block_barrier() {
 }
 void warp_barrier(unsigned warp) { ++warp_epochs[warp]; }
 
+void clear(void* begin, size_t bytes) {
+  Region* region = find(static_cast<char*>(begin));
+  if (!region || !region->writable || static_cast<char*>(begin) + bytes > region->begin + region->bytes)
+    throw std::runtime_error("emulator: out of bounds: " + std::to_string(bytes) + " bytes are cleared");
+  std::memset(begin, 0, bytes);
+  ++now;
+  Cell* const cells = region->cells.get() + (static_cast<char*>(begin) - region->begin);
+  for (size_t i = 0; i < bytes; ++i) cells[i].write = {now, 0, 0, 0, false, 0};
+}
+
 }  // namespace memory
 
 void fence() {
@@ -300,17 +310,6 @@ void fence() {
 
 void read_past_l1(const void* address, size_t bytes, const void* code) {
   memory::access(address, bytes, memory::Kind::read_past_l1, code);
-}
-
-void clear(void* begin, size_t bytes) {
-  if (bytes == 0) return;
-  memory::Region* region = memory::find(static_cast<char*>(begin));
-  if (!region || !region->writable || static_cast<char*>(begin) + bytes > region->begin + region->bytes)
-    throw std::runtime_error("emulator: out of bounds: " + std::to_string(bytes) + " bytes are cleared");
-  std::memset(begin, 0, bytes);
-  ++memory::now;
-  memory::Cell* const cells = region->cells.get() + (static_cast<char*>(begin) - region->begin);
-  for (size_t i = 0; i < bytes; ++i) cells[i].write = {memory::now, 0, 0, 0, false, 0};
 }
 
 void* carve(size_t offset, size_t bytes) {

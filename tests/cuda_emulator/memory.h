@@ -20,4 +20,7 @@ void warp_barrier(unsigned warp);
 // of plain accesses.
 void access(const void* address, size_t bytes, Kind kind, const void* code);
 
+// By the host, between launches: what cudaMemset does.
+void clear(void* begin, size_t bytes);
+
 }  // namespace emulator::memory

@@ -88,7 +88,9 @@ class Stacks {
 
 bool on = false;
 unsigned seed = 0;
+bool dry;  // a dry run
 std::set<const void*> launched;
+std::vector<const void*> sequence;  // of launches since start()
 
 // The launch in progress.
 void (*body)(void*);
@@ -344,6 +346,8 @@ void run(const void* kernel, void (*run_body)(void*), void* arguments, size_t ar
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   if (blocks == 0) return;
   check_launch(grid, block, shared_bytes);
+  sequence.push_back(kernel);
+  if (dry) return;
   launched.insert(kernel);
   body = run_body;
   body_arguments = arguments;
@@ -396,10 +400,18 @@ void fail(const std::string& what) {
 
 bool is_stack(const void* address) { return stacks.contain(address); }
 
-void start(unsigned with_seed) {
+void clear(void* begin, size_t bytes) {
+  if (bytes == 0) return;
+  sequence.push_back(nullptr);
+  memory::clear(begin, bytes);
+}
+
+void start(unsigned with_seed, bool dry_run) {
   forget();
   on = true;
+  dry = dry_run;
   seed = with_seed;
+  sequence.clear();
 }
 void stop() {
   on = false;
@@ -424,6 +436,17 @@ std::vector<std::string> launched_kernels() {
   std::vector<std::string> names;
   for (const void* kernel : launched) names.push_back(symbols::name_of(kernel));
   return names;
+}
+
+std::vector<std::string> launches() {
+  std::vector<std::string> names;
+  for (const void* kernel : sequence) names.push_back(kernel ? symbols::name_of(kernel) : "clear");
+  return names;
+}
+
+unsigned char garbage() {
+  static unsigned char last = 0x5a;
+  return dry ? 0 : last += 0x4b;
 }
 
 }  // namespace emulator
