@@ -1,5 +1,7 @@
 """What every op must do, on every case of its description."""
 
+import sys
+
 import pytest
 import torch
 from conftest import DEVICES, SIMD_LEVELS
@@ -172,6 +174,23 @@ def test_gradients_are_finite_differences(op, case, device, generator):
     first = torch.autograd.grad(sum(t.sum() for t in tensors_in(call(*leaves))), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         sum(t.sum() for t in first).backward()
+
+
+@pytest.mark.parametrize(("op", "case"), EACH)
+def test_enters_python_for_autograd_only_where_a_gradient_is_asked_for(op, case, generator):
+    def enters(inputs):
+        files = set()
+        sys.setprofile(lambda frame, *_: files.add(frame.f_code.co_filename))
+        try:
+            op.op(**inputs)
+        finally:
+            sys.setprofile(None)
+        return any(file.endswith("_library/autograd.py") for file in files)
+
+    inputs = case.make(generator)
+    assert not enters(inputs)
+    if op.differentiable:
+        assert enters(requiring_grad(op, inputs))
 
 
 @pytest.mark.parametrize(("op", "case"), EACH)

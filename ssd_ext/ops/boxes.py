@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, refuse_gradient
 
 DEFAULT_CLIP = math.log(1000 / 16)
 
@@ -34,7 +34,7 @@ def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1,
 
     Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.encode``.
     """
-    return torch.ops.ssd_ext.encode(boxes, priors, list(variances))
+    return call(torch.ops.ssd_ext.encode.default, boxes, priors, list(variances))
 
 
 def decode(
@@ -63,7 +63,7 @@ def decode(
 
     Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.decode``.
     """
-    return torch.ops.ssd_ext.decode(deltas, priors, list(variances), clip)
+    return call(torch.ops.ssd_ext.decode.default, deltas, priors, list(variances), clip)
 
 
 def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 
     Source: Everingham et al., PASCAL VOC (2010), section 4.2; torchvision's ``box_iou``.
     """
-    return torch.ops.ssd_ext.box_iou(boxes_a, boxes_b)
+    return call(torch.ops.ssd_ext.box_iou.default, boxes_a, boxes_b)
 
 
 @torch.library.register_fake("ssd_ext::encode")

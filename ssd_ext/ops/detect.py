@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, refuse_gradient
 from ssd_ext.ops.boxes import DEFAULT_CLIP
 
 _SIGMOID = {"softmax": False, "sigmoid": True}
@@ -79,7 +79,8 @@ def detect(
     """
     if activation not in _SIGMOID:
         raise ValueError(f"ssd_ext::detect: activation must be 'softmax' or 'sigmoid', got {activation!r}")
-    return torch.ops.ssd_ext.detect(
+    return call(
+        torch.ops.ssd_ext.detect.default,
         deltas,
         logits,
         priors,

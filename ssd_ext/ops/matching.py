@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, no_gradient, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, no_gradient, refuse_gradient
 
 FORCE = {"none": 0, "last": 1, "bipartite": 2}
 
@@ -58,7 +58,7 @@ def match(
     """
     boxes, offsets = _rows(gt_boxes, priors)
     low = iou_threshold if low_threshold is None else low_threshold
-    matches = torch.ops.ssd_ext.match(boxes, offsets, priors, iou_threshold, low, _force(force))
+    matches = torch.ops.ssd_ext.match.default(boxes, offsets, priors, iou_threshold, low, _force(force))
     if validate:
         _validate(boxes, None, offsets, None)
     return matches
@@ -107,8 +107,16 @@ def assign_targets(
     boxes, offsets = _rows(gt_boxes, priors)
     labels = _labels(gt_labels, gt_boxes, boxes)
     low = iou_threshold if low_threshold is None else low_threshold
-    targets = torch.ops.ssd_ext.assign_targets(
-        boxes, labels, offsets, priors, iou_threshold, low, _force(force), list(variances)
+    targets = call(
+        torch.ops.ssd_ext.assign_targets.default,
+        boxes,
+        labels,
+        offsets,
+        priors,
+        iou_threshold,
+        low,
+        _force(force),
+        list(variances),
     )
     if validate:
         _validate(boxes, labels, offsets, num_classes)
@@ -146,7 +154,7 @@ def _rows(gt_boxes: Ragged, like: Tensor) -> tuple[Tensor, Tensor]:
         if images and boxes.dtype != images[0].dtype:
             raise ValueError(f"gt_boxes[{b}] must have the dtype of the others, {images[0].dtype}, got {boxes.dtype}")
         images.append(boxes)
-    rows = torch.cat(images) if images else like.new_empty(0, 4)
+    rows = _joined(images) if images else like.new_empty(0, 4)
     return rows, torch.tensor(offsets).to(rows.device, non_blocking=True)
 
 
@@ -163,7 +171,12 @@ def _labels(gt_labels, gt_boxes: Ragged, rows: Tensor) -> Tensor:
         raise ValueError(f"gt_labels must have {counts} entries as gt_boxes, got {[len(x) for x in gt_labels]}")
     # torch.tensor([]) is float32: a list without any label says nothing of its dtype
     full = [labels for labels in gt_labels if len(labels)]
-    return torch.cat(full) if full else torch.empty(0, dtype=torch.int64, device=rows.device)
+    return _joined(full) if full else torch.empty(0, dtype=torch.int64, device=rows.device)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Their rows; of one tensor without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _validate(boxes: Tensor, labels: Tensor | None, offsets: Tensor, num_classes: int | None) -> None:

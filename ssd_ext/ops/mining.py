@@ -32,7 +32,7 @@ def hard_negatives(loss: Tensor, labels: Tensor, ratio: float = 3.0, min_negativ
     Source: Liu et al., SSD (2016), section 2.2, hard negative mining; torchvision's
     ``SSD.compute_loss``, which marks a positive again as a negative when negatives run out.
     """
-    return torch.ops.ssd_ext.hard_negatives(loss, labels, ratio, min_negatives)
+    return torch.ops.ssd_ext.hard_negatives.default(loss, labels, ratio, min_negatives)
 
 
 @torch.library.register_fake("ssd_ext::hard_negatives")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import refuse_gradient
+from ssd_ext.ops._library import call, refuse_gradient
 
 NORMALIZE = ("batch", "image")
 
@@ -73,8 +73,17 @@ def multibox_loss(
     which counts positives twice where an image has fewer negatives than it asks for: not so here.
     """
     check_normalize(normalize)
-    loc, conf, _, _ = torch.ops.ssd_ext.multibox_loss(
-        deltas, logits, target_deltas, labels, ratio, min_negatives, alpha, beta, normalize == "image"
+    loc, conf, _, _ = call(
+        torch.ops.ssd_ext.multibox_loss.default,
+        deltas,
+        logits,
+        target_deltas,
+        labels,
+        ratio,
+        min_negatives,
+        alpha,
+        beta,
+        normalize == "image",
     )
     return loc, conf
 
@@ -127,11 +136,11 @@ def _backward(ctx, grad_loc, grad_conf, *_):
     deltas, logits, target_deltas, labels, ranks, divisors = ctx.saved_tensors
     for_deltas = for_logits = None
     if needs_deltas and grad_loc is not None:
-        for_deltas = torch.ops.ssd_ext.multibox_loss_deltas_gradient(
+        for_deltas = torch.ops.ssd_ext.multibox_loss_deltas_gradient.default(
             grad_loc, deltas, target_deltas, labels, divisors, *ctx.smooth_l1
         )
     if needs_logits and grad_conf is not None:
-        for_logits = torch.ops.ssd_ext.multibox_loss_logits_gradient(grad_conf, logits, labels, ranks, divisors)
+        for_logits = torch.ops.ssd_ext.multibox_loss_logits_gradient.default(grad_conf, logits, labels, ranks, divisors)
     return for_deltas, for_logits, *[None] * 7
 
 

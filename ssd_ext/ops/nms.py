@@ -33,7 +33,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Source: torchvision's ``nms``.
     """
-    return torch.ops.ssd_ext.nms(boxes, scores, None, iou_threshold)
+    return torch.ops.ssd_ext.nms.default(boxes, scores, None, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -57,7 +57,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """
     if idxs is None:
         raise ValueError("idxs must be [N] int64, got None; nms takes boxes of one class")
-    return torch.ops.ssd_ext.nms(boxes, scores, idxs, iou_threshold)
+    return torch.ops.ssd_ext.nms.default(boxes, scores, idxs, iou_threshold)
 
 
 def nms_padded(
@@ -80,7 +80,7 @@ def nms_padded(
 
     Source: as :func:`nms`.
     """
-    return torch.ops.ssd_ext.nms_padded(boxes, scores, idxs, iou_threshold)
+    return torch.ops.ssd_ext.nms_padded.default(boxes, scores, idxs, iou_threshold)
 
 
 @torch.library.register_fake("ssd_ext::nms")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, define, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, define, refuse_gradient
 
 _METHODS = {"linear": 0, "gaussian": 1}
 
@@ -60,7 +60,7 @@ def soft_nms(
     :func:`ssd_ext.ops.nms`, strictly above it.
     """
     number = _method_number("soft_nms", method)
-    return torch.ops.ssd_ext.soft_nms(boxes, scores, iou_threshold, sigma, score_threshold, number)
+    return call(torch.ops.ssd_ext.soft_nms.default, boxes, scores, iou_threshold, sigma, score_threshold, number)
 
 
 def soft_nms_padded(
@@ -94,7 +94,7 @@ def soft_nms_padded(
     Source: as :func:`soft_nms`.
     """
     number = _method_number("soft_nms_padded", method)
-    return torch.ops.ssd_ext.soft_nms_padded(boxes, scores, iou_threshold, sigma, score_threshold, number)
+    return call(torch.ops.ssd_ext.soft_nms_padded.default, boxes, scores, iou_threshold, sigma, score_threshold, number)
 
 
 define(
