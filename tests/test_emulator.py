@@ -59,7 +59,7 @@ def test_sanitizers_are_asked_for_faults_that_exist():
     assert {fault for fault in FAULTS if fault.startswith("sanitizer")} <= set(SANITIZER_REPORTS) <= set(FAULTS)
 
 
-def test_the_cases_launch_every_kernel(generator):
+def test_emulated_cases_launch_every_kernel(generator):
     def missing(room):
         return sorted(k for k in set(kernels) - set(_C.emulator.launched_kernels()) if f"::{room}::" in k)
 
