@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -35,17 +36,29 @@ struct Acquired {
   }
 };
 
-std::vector<uint32_t> block_epochs;                              // with which the blocks of this launch began
-std::unordered_map<const void*, std::vector<Release>> releases;  // by the word of the atomic operation
+using Releaser = std::pair<size_t, uint16_t>;  // a block and a thread of it
+
+std::vector<uint32_t> block_epochs;  // with which the blocks of this launch began
+// By the word of the atomic operations; of each releaser the last fence, which covers what the earlier ones do.
+std::unordered_map<const void*, std::map<Releaser, Moment>> releases;
 
 // Of the running block.
-std::map<uint16_t, Moment> fences;                                        // the last one of each thread
-std::map<uint16_t, std::vector<std::pair<const void*, size_t>>> pending;  // words read atomically, not yet fenced
-std::map<std::pair<uint16_t, const void*>, size_t> taken;                 // how many releases a thread has acquired
-std::map<size_t, std::vector<Acquired>> acquired;                         // by the block that released
+std::map<uint16_t, Moment> fences;                  // the last one of each thread
+std::map<uint16_t, std::set<const void*>> pending;  // words that a thread has read atomically since
+std::map<size_t, std::vector<Acquired>> acquired;   // by the block that released
 
 size_t block_of(uint32_t epoch) {
   return size_t(std::upper_bound(block_epochs.begin(), block_epochs.end(), epoch) - block_epochs.begin()) - 1;
+}
+
+size_t running_block() { return block_epochs.size() - 1; }
+
+void acquire(const Release& release, const Moment& now) {
+  std::vector<Acquired>& all = acquired[release.block];
+  const bool known = std::any_of(all.begin(), all.end(), [&](const Acquired& a) {
+    return (a.by_block || a.fence.thread == now.thread) && a.release.fence == release.fence;
+  });
+  if (!known) all.push_back({release, now, false});
 }
 
 }  // namespace
@@ -59,7 +72,6 @@ void begin_block(uint32_t epoch) {
   block_epochs.push_back(epoch);
   fences.clear();
   pending.clear();
-  taken.clear();
   acquired.clear();
 }
 
@@ -70,26 +82,27 @@ void block_barrier() {
 
 void fence(const Moment& now) {
   fences[now.thread] = now;
-  for (const auto& [word, count] : pending[now.thread]) {
-    size_t& first = taken[{now.thread, word}];
-    for (; first < count; ++first) {
-      const Release& r = releases[word][first];
-      acquired[r.block].push_back({r, now, false});
-    }
+  for (const void* word : pending[now.thread]) {
+    for (const auto& [releaser, moment] : releases[word])
+      if (releaser.first != running_block()) acquire({releaser.first, moment}, now);
   }
   pending.erase(now.thread);
 }
 
 void atomic(const void* address, const Moment& now) {
-  if (const auto there = releases.find(address); there != releases.end())
-    pending[now.thread].emplace_back(address, there->second.size());
+  if (releases.count(address)) pending[now.thread].insert(address);
   const auto last = fences.find(now.thread);
   if (last == fences.end()) return;
-  std::vector<Release>& here = releases[address];
-  here.push_back({block_epochs.size() - 1, last->second});
-  for (const auto& [block, all] : acquired) {  // what it has learned of others it passes on
-    for (const Acquired& a : all)
-      if (a.holds_for(last->second)) here.push_back(a.release);
+  auto& here = releases[address];
+  const auto [own, is_first] = here.try_emplace({running_block(), now.thread}, last->second);
+  if (!is_first && own->second == last->second) return;
+  own->second = last->second;
+  for (const auto& [block, all] : acquired) {  // what the thread has learned of others it passes on
+    for (const Acquired& a : all) {
+      if (!a.holds_for(last->second)) continue;
+      Moment& known = here.try_emplace({block, a.release.fence.thread}, a.release.fence).first->second;
+      if (known.fences < a.release.fence.fences) known = a.release.fence;
+    }
   }
 }
 

@@ -6,12 +6,14 @@
 
 namespace emulator::visibility {
 
-// A point in the program of a thread.
+// A point in the program of a thread of some block.
 struct Moment {
   uint32_t epoch;       // of the barriers of its block
   uint32_t warp_epoch;  // of those of its warp
   uint16_t thread;
   uint32_t fences;  // that the thread has passed in this block
+
+  bool operator==(const Moment& other) const { return thread == other.thread && fences == other.fences; }
 };
 
 void begin_launch();
