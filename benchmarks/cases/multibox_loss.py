@@ -63,6 +63,12 @@ def _infinite(value, column, label):
     return change
 
 
+def _only_background(g):
+    inputs = _images(1, 20, 1, g)
+    inputs["logits"][0, :3, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    return {**inputs, "min_negatives": 9}
+
+
 def _masked_classes(logits, labels, **_):
     logits[:, :, 3:6] = -math.inf
     labels[(labels >= 3) & (labels < 6)] = 7
@@ -81,6 +87,15 @@ def _far(logits, labels, **_):
 
 def _spread(logits, **_):
     logits *= 300
+
+
+def _bounds_of_exp(logits, labels, **_):
+    """Rows one of whose exponents is just within or beyond what exp_near takes, in float32 or float64."""
+    exponents = torch.tensor([85.5, 86, 86.5, 104.5, 705.5, 706, 706.5, 746]).repeat_interleave(2)
+    exponents[::2] *= -1
+    logits[:, :, 0] = 0
+    logits[:, :, 5] = exponents.repeat(6)[: logits.shape[1]]
+    labels[labels == 5] = 6
 
 
 def _ties(logits, **_):
@@ -238,7 +253,7 @@ MULTIBOX_LOSS = Op(
         _random("P=17 C=2", 3, 17, 2),
         _random("C=1", 2, 20, 1),
         _random("C=1000", 2, 40, 1000, ignored=0.0),
-        *(_random(f"C={c}", 1, 33, c) for c in (3, 16, 17, 18, 33, 81)),
+        *(_random(f"C={c}", 1, 33, c) for c in (3, 16, 17, 18, 33, 49, 65, 81, 91, 113, 129, 130)),
         _random("P=2500", 1, 2500, 3),
         _random("more priors than a GPU's block caches", 1, 10300, 2),
         Case("P=0", lambda g: _images(3, 0, 5, g), peers=False),
@@ -258,11 +273,13 @@ MULTIBOX_LOSS = Op(
         _changed("ties at the cut, half wanted", _ties, min_negatives=40),
         _changed("confident logits", _confident),
         _changed("logits of 300", _spread),
+        _changed("exponents at the bounds", _bounds_of_exp, min_negatives=90),
         _changed("backgrounds of 5000", _far, min_negatives=20),
         _changed("backgrounds of 5000, few wanted", _far),
         _changed("classes at -inf", _masked_classes),
         _changed("NaN rows", _nan_rows),
         _changed("a NaN row in an image that mines nothing", _nan_unmined),
+        Case("C=1, not finite", _only_background, peers=False, smooth=False),
         _changed("inf foreground", _infinite(math.inf, 4, 0)),
         _changed("inf background", _infinite(math.inf, 0, 0), min_negatives=90),
         _changed("inf label", _infinite(math.inf, 4, 4)),

@@ -97,9 +97,13 @@ SSD_EXT_HD V pow2(IntOf<V> k) {
 }
 
 // p * 2^n for a whole number n near 1.5 * 2^m in `magic`: n = shifted - magic. In two steps, so that
-// denormal and infinite results are rounded once; AVX-512 has an instruction that does the same.
-template <class V>
+// denormal and infinite results are rounded once; AVX-512 has an instruction that does the same. kNear: the
+// result is a normal number, so that n is added to its exponent.
+template <bool kNear, class V>
 SSD_EXT_HD V scale(V p, V shifted, ScalarOf<V> magic) {
+  if constexpr (kNear) {
+    return bit_cast<V>(bit_cast<IntOf<V>>(p) + shift_left(bit_cast<IntOf<V>>(shifted), sizeof(magic) == 4 ? 23 : 52));
+  }
 #if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
   if constexpr (sizeof(V) == 64 && sizeof(magic) == 4) {
     return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(shifted - magic)));
@@ -112,7 +116,7 @@ SSD_EXT_HD V scale(V p, V shifted, ScalarOf<V> magic) {
 }
 
 // Degree-5 minimax polynomial after Cody-Waite reduction (Cephes expf).
-template <class V>
+template <bool kNear, class V>
 SSD_EXT_HD V exp_f32(V x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
   const V z = x * 1.44269504088896341f + magic;
@@ -124,11 +128,11 @@ SSD_EXT_HD V exp_f32(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return scale<V>(p, z, magic);
+  return scale<kNear>(p, z, magic);
 }
 
 // Remez approximation of r * (exp(r) + 1) / (exp(r) - 1) (fdlibm e_exp.c).
-template <class V>
+template <bool kNear, class V>
 SSD_EXT_HD V exp_f64(V x) {
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   const V z = x * 1.44269504088896338700e+00 + magic;
@@ -143,7 +147,7 @@ SSD_EXT_HD V exp_f64(V x) {
   p = p * t + 1.66666666666666019037e-01;
   const V c = r - t * p;
   const V y = 1.0 - ((lo - (r * c) / (2.0 - c)) - hi);
-  return scale<V>(y, z, magic);
+  return scale<kNear>(y, z, magic);
 }
 
 // Cephes logf on m in [sqrt(1/2), sqrt(2)).
@@ -189,9 +193,21 @@ SSD_EXT_HD V exp(V x) {
   const V low = splat<V>(single ? -104.f : -746.0), high = splat<V>(single ? 89.f : 710.0);
   x = min_of(high, max_of(low, x));  // a NaN passes
   if constexpr (single) {
-    return detail::exp_f32(x);
+    return detail::exp_f32<false>(x);
   } else {
-    return detail::exp_f64(x);
+    return detail::exp_f64<false>(x);
+  }
+}
+
+// The bits of exp(x) for |x| <= kNearExponent, which need neither bounds nor care in scaling.
+template <class V>
+constexpr ScalarOf<V> kNearExponent = std::is_same_v<ScalarOf<V>, float> ? 86 : 706;
+template <class V>
+SSD_EXT_HD V exp_near(V x) {
+  if constexpr (std::is_same_v<ScalarOf<V>, float>) {
+    return detail::exp_f32<true>(x);
+  } else {
+    return detail::exp_f64<true>(x);
   }
 }
 

@@ -1,3 +1,10 @@
+// Ladder: microseconds on an H100, SSD300, B = 32, C = 81, float32. All are predictions; nothing is measured yet.
+//
+// rank_kernel, which reads all logits, 90.5 MB: 31 at least.
+//   85-110  half a warp a row, each logit loaded when it is needed: 1 load in flight, 423 instructions a pair of rows
+//   40      logits, background and label of a row loaded before the first is used: 7 loads in flight, 239 instructions
+//   37      exponentials without bounds, scaled in one step, where none can over- or underflow: 224 instructions
+//   Now instructions (34) and bytes (31) bind it about alike.
 #include "multibox_loss/multibox_loss.h"
 
 #include "common/gpu_select.h"
@@ -8,7 +15,6 @@ namespace {
 #include "multibox_loss/rank.inl"
 
 constexpr int kThreads = 256;
-constexpr int kRowsEach = 4;  // rows that a group of lanes does one after another
 
 static_assert(kSums == gpu::kSelectThreads && gpu::kWarp * gpu::kWarp == kSums, "a thread has one partial sum");
 
@@ -17,99 +23,183 @@ using Rank = IntOf<gpu::Compute<T>>;
 template <class C>
 constexpr IntOf<C> kAbsent = std::numeric_limits<IntOf<C>>::min();
 
-// ---- one row of logits, by kLanes neighbouring lanes ---------------------------------------------
-//
-// kLanes = kWays: one partial sum a lane, for classes that lie side by side. kLanes = 1: a thread holds all
-// partial sums, for priors that lie side by side. All lanes of a warp call these functions together.
+// ---- one row of logits, by a group of neighbouring lanes -----------------------------------------
 
 // Adds each half of the values to the other, down to one, without an index that is not known in advance.
 template <int kHalf, class C>
 __device__ __forceinline__ void fold(C* values) {
+  if constexpr (kHalf > 0) {
 #pragma unroll
-  for (int j = 0; j < kHalf; ++j) values[j] += values[j + kHalf];
-  if constexpr (kHalf > 1) fold<kHalf / 2>(values);
+    for (int j = 0; j < kHalf; ++j) values[j] += values[j + kHalf];
+    fold<kHalf / 2>(values);
+  }
 }
 
-template <class T, int kLanes>
-struct LogitsRow {
+// Lane l of kGroup has the foreground classes 1 + l, 1 + l + kGroup, ... and loads kEach of them before it uses the
+// first. kWhole: there are no more; they lie side by side, stay in registers, and only the last may be missing. All
+// lanes of a warp call these functions together.
+template <class Stored, int kGroup, int kEach, bool kWhole>
+class LogitsRow {
+ public:
+  using T = Stored;
   using C = gpu::Compute<T>;
-  const T* x;
-  int64_t stride, classes;
-  int lane;  // among kLanes
+  static constexpr int kLanes = kGroup;
+  static constexpr bool kInRegisters = kWhole;
 
-  __device__ C operator[](int64_t c) const { return C(x[c * stride]); }
-
-  // Sum over c != omitted of exp(x[c] - base), in the order that multibox_loss.h tells; omitted < 0: of all.
-  __device__ C sum(C base, int64_t omitted) const {
-    constexpr int each = kWays / kLanes;
-    C sums[each] = {};
-#pragma unroll(kLanes == 1 ? 1 : 4)
-    for (int64_t first = 1; first < classes; first += kWays) {
-#pragma unroll
-      for (int j = 0; j < each; ++j) {
-        const int64_t c = first + j * kLanes + lane;
-        if (c < classes && c != omitted) sums[j] += exp((*this)[c] - base);
-      }
-    }
-    C total;
-    if constexpr (kLanes == 1) {
-      fold<each / 2>(sums);
-      total = sums[0];
-    } else {
-      total = sums[0];
-      for (int offset = kLanes / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(gpu::kFullMask, total, offset);
-    }
-    return omitted == 0 ? total : total + exp((*this)[0] - base);
+  __device__ LogitsRow(const T* x, int64_t stride, int64_t classes)
+      : x_(x), stride_(stride), classes_(unsigned(classes)), lane_(threadIdx.x % kLanes) {
+    if constexpr (kWhole) load(1, values_);
   }
 
-  __device__ C top() const {
-    C top = (*this)[0];
-    for (int64_t c = 1 + lane; c < classes; c += kLanes) top = max_of((*this)[c], top);
+  __device__ C operator[](unsigned c) const { return C(kWhole ? x_[c] : x_[c * stride_]); }
+
+  // Whether foreground_near() may be called.
+  __device__ bool is_near(C base) const {
+    bool near = true;
+    for_each_class([&](int j, unsigned c, C x) { near &= !is_class(j, c) || std::abs(x - base) <= kNearExponent<C>; });
+    return near;
+  }
+
+  // Sum over the foreground classes c of exp(x[c] - base), in the order that multibox_loss.h documents.
+  __device__ C foreground_near(C base) const {
+    return sum([&](int j, unsigned c, C x) { return is_class(j, c) ? exp_near(x - base) : C(0); });
+  }
+  __device__ C foreground(C base) const {
+    return sum([&](int, unsigned, C x) { return exp(x - base); });
+  }
+  __device__ C foreground_without(unsigned omitted, C base) const {
+    return sum([&](int, unsigned c, C x) { return exp((c == omitted ? kNothing : x) - base); });
+  }
+
+  // The maximum of all classes.
+  __device__ C top(C background) const {
+    C top = background;
+    for_each_class([&](int, unsigned, C x) { top = max_of(x, top); });
+#pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
       top = max_of(__shfl_xor_sync(gpu::kFullMask, top, offset), top);
     }
     return top;
   }
-};
 
-// Visits the rows of this block: f(image, prior, inside) by all threads together, each group of kLanes with
-// its own prior. Beyond the last prior that is the last one again, and `inside` false.
-template <int kLanes, class F>
-__device__ void for_rows(const mining::Mining& sizes, const F& f) {
-  constexpr int rows = kThreads / kLanes;
-  for (int64_t image = blockIdx.y; image < sizes.batch; image += gridDim.y) {
-    for (int64_t first = int64_t(blockIdx.x) * rows; first < sizes.num_priors; first += int64_t(gridDim.x) * rows) {
-      const int64_t prior = first + int(threadIdx.x) / kLanes;
-      const bool inside = prior < sizes.num_priors;
-      f(image, inside ? prior : sizes.num_priors - 1, inside);
+ private:
+  static constexpr C kNothing = -std::numeric_limits<C>::infinity();  // of a missing class: its exponential is 0
+
+  __device__ bool is_class(int j, unsigned c) const { return (kWhole && j < kEach - 1) || c < classes_; }
+
+  __device__ void load(unsigned first, C* values) const {
+    const int64_t stride = kWhole ? 1 : stride_;
+    int64_t at = (first + lane_) * stride;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j, at += kLanes * stride) {
+      values[j] = is_class(j, first + j * kLanes + lane_) ? C(x_[at]) : kNothing;
     }
   }
+
+  // f(j, c, x) for the classes c of this lane, in rising order, and after the last as if missing ones followed it.
+  template <class F>
+  __device__ void for_each_class(const F& f) const {
+    const auto visit = [&](unsigned first, const C* values) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) f(j, first + j * kLanes + lane_, values[j]);
+    };
+    if constexpr (kWhole) {
+      visit(1, values_);
+    } else {
+#pragma unroll 1
+      for (unsigned first = 1; first < classes_; first += kLanes * kEach) {
+        C values[kEach];
+        load(first, values);
+        visit(first, values);
+      }
+    }
+  }
+
+  template <class F>
+  __device__ C sum(const F& term) const {
+    constexpr int parts = kWays / kLanes;  // partial sums of a lane
+    C sums[parts] = {};
+    for_each_class([&](int j, unsigned c, C x) { sums[j % parts] += term(j, c, x); });
+    fold<parts / 2>(sums);
+    C total = sums[0];
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(gpu::kFullMask, total, offset);
+    return total;
+  }
+
+  const T* x_;
+  int64_t stride_;
+  unsigned classes_, lane_;
+  C values_[kWhole ? kEach : 1];
+};
+
+// Visits the rows of this block, one for each group of kLanes: f(image, prior, inside) by all threads together. Beyond
+// the last prior that is the last one again, and `inside` false.
+template <int kLanes, class F>
+__device__ __forceinline__ void for_rows(const mining::Mining& sizes, const F& f) {
+  const unsigned prior = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes, n = unsigned(sizes.num_priors);
+  const unsigned image = blockIdx.z * gridDim.y + blockIdx.y;
+  if (image < unsigned(sizes.batch)) f(image, min_of(prior, n - 1), prior < n);
 }
 
-template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 1) rank_kernel(const T* __restrict__ logits, Strides strides,
-                                                           const int64_t* __restrict__ labels,  // [B, P]
-                                                           Loss loss, Rank<T>* __restrict__ ranks) {
-  using C = gpu::Compute<T>;
-  const int lane = int(threadIdx.x) % kLanes;
-  for_rows<kLanes>(loss.mining, [&](int64_t image, int64_t prior, bool inside) {
-    const int64_t at = image * loss.mining.num_priors + prior, label = labels[at];
-    const bool known = label < loss.classes;
-    const int64_t y = known && label > 0 ? label : 0;
-    const LogitsRow<T, kLanes> row{logits + image * strides.image + prior * strides.prior, strides.last, loss.classes,
-                                   lane};
-    const C at_label = row[y];
-    const C sum = row.sum(at_label, y) + (at_label - at_label);
+dim3 grid_for(const mining::Mining& sizes, int lanes) {
+  constexpr unsigned most = 65535;  // of y and z
+  const unsigned rows = kThreads / lanes, images = unsigned(sizes.batch), layers = (images + most - 1) / most;
+  return dim3(unsigned((sizes.num_priors + rows - 1) / rows), images < most ? images : most, layers);
+}
+
+template <class Row>
+__global__ void __launch_bounds__(kThreads, (Row::kInRegisters ? 24 : 16) / sizeof(typename Row::C))
+    rank_kernel(const typename Row::T* __restrict__ logits, Strides strides,
+                const int64_t* __restrict__ labels,  // [B, P]
+                Loss loss, Rank<typename Row::T>* __restrict__ ranks) {
+  using C = typename Row::C;
+  for_rows<Row::kLanes>(loss.mining, [&](int64_t image, unsigned prior, bool inside) {
+    const int64_t first = image * loss.mining.num_priors;
+    const Row row(logits + image * strides.image + prior * strides.prior, strides.last, loss.classes);
+    const C background = row[0];
+    const int64_t label = (labels + first)[prior];
+    const unsigned y = uint64_t(label) < uint64_t(loss.classes) ? unsigned(label) : 0;
+    bool all_near = false;
+    if constexpr (Row::kInRegisters) all_near = __all_sync(gpu::kFullMask, (y == 0) & row.is_near(background));
+    C at_label = background, sum;
+    if (all_near) {
+      sum = row.foreground_near(background);
+    } else {
+      if (y != 0) at_label = row[y];
+      sum = row.foreground_without(y, at_label);
+      if (y != 0) sum += exp(background - at_label);
+    }
+    sum += at_label - at_label;  // NaN if the label's logit is infinite
     const bool small = sum <= kLargestSum<C>;
-    Rank<T> rank = rank_of_sum(sum);
+    Rank<typename Row::T> rank = rank_of_sum(sum);
     if (__any_sync(gpu::kFullMask, !small)) {
-      const C top = row.top();
-      const Rank<T> large = rank_of_large_loss(top, at_label, row.sum(top, -1));
+      const C top = row.top(background);
+      const auto large = rank_of_large_loss(top, at_label, row.foreground(top) + exp(background - top));
       if (!small) rank = large;
     }
-    if (!known) rank = std::numeric_limits<Rank<T>>::max();
-    if (inside && lane == 0) ranks[at] = rank;
+    if (label >= loss.classes) rank = std::numeric_limits<decltype(rank)>::max();
+    if (inside && threadIdx.x % Row::kLanes == 0) (ranks + first)[prior] = rank;
   });
+}
+
+// Priors lie closer together than classes.
+bool is_class_major(const Strides& strides) { return strides.prior < strides.last; }
+
+// f(a null pointer to the LogitsRow that suits this layout and number of classes).
+template <class T, int kEach = 1, class F>
+void with_row(const Strides& strides, int64_t classes, const F& f) {
+  constexpr int most = 8;
+  if constexpr (kEach == 1) {
+    if (is_class_major(strides)) return f(static_cast<LogitsRow<T, 4, 8, false>*>(nullptr));
+    if (strides.last != 1) return f(static_cast<LogitsRow<T, kWays, 4, false>*>(nullptr));
+  }
+  if (classes - 1 <= kWays * kEach) return f(static_cast<LogitsRow<T, kWays, kEach, true>*>(nullptr));
+  if constexpr (kEach < most) {
+    with_row<T, kEach + 1>(strides, classes, f);
+  } else {
+    f(static_cast<LogitsRow<T, kWays, most, false>*>(nullptr));
+  }
 }
 
 // ---- one image: mining, sums ---------------------------------------------------------------------
@@ -249,40 +339,41 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
 
 // ---- backward ------------------------------------------------------------------------------------
 
-template <class T, int kLanes>
+template <class Row>
 __global__ void __launch_bounds__(kThreads, 1)
-    logits_gradient_kernel(const gpu::Compute<T>* __restrict__ grad_conf, const T* __restrict__ logits, Strides strides,
-                           const int64_t* __restrict__ labels,    // [B, P]
-                           const Rank<T>* __restrict__ ranks,     // [B, P]
-                           const int64_t* __restrict__ divisors,  // [B]
-                           Loss loss, T* __restrict__ gradient, Strides gradient_strides) {
-  using C = gpu::Compute<T>;
-  const int lane = int(threadIdx.x) % kLanes;
-  for_rows<kLanes>(loss.mining, [&](int64_t image, int64_t prior, bool inside) {
+    logits_gradient_kernel(const typename Row::C* __restrict__ grad_conf, const typename Row::T* __restrict__ logits,
+                           Strides strides,
+                           const int64_t* __restrict__ labels,               // [B, P]
+                           const Rank<typename Row::T>* __restrict__ ranks,  // [B, P]
+                           const int64_t* __restrict__ divisors,             // [B]
+                           Loss loss, typename Row::T* __restrict__ gradient, Strides gradient_strides) {
+  using T = typename Row::T;
+  using C = typename Row::C;
+  const unsigned lane = threadIdx.x % Row::kLanes, classes = unsigned(loss.classes);
+  for_rows<Row::kLanes>(loss.mining, [&](int64_t image, unsigned prior, bool inside) {
     const int64_t at = image * loss.mining.num_priors + prior;
     const Rank<T> rank = ranks[at];
     T* const to = gradient + image * gradient_strides.image + prior * gradient_strides.prior;
     const bool kept = inside && rank != kAbsent<C>;
     if (!__any_sync(gpu::kFullMask, kept)) {
-      for (int64_t c = lane; inside && c < loss.classes; c += kLanes) to[c * gradient_strides.last] = T(C(0));
+      for (unsigned c = lane; inside && c < classes; c += Row::kLanes) to[c * gradient_strides.last] = T(C(0));
       return;
     }
     const int64_t label = labels[at];
     const bool known = label < loss.classes;
-    const int64_t y = known && label > 0 ? label : 0;
-    const LogitsRow<T, kLanes> row{logits + image * strides.image + prior * strides.prior, strides.last, loss.classes,
-                                   lane};
+    const unsigned y = known && label > 0 ? unsigned(label) : 0;
+    const Row row(logits + image * strides.image + prior * strides.prior, strides.last, loss.classes);
     const C sum = sum_of_rank<C>(rank), scale = C(double(*grad_conf) / double(divisors[image]));
     C base = row[y], factor = scale / (1 + sum), at_label = -sum * factor;
     if (__any_sync(gpu::kFullMask, kept && rank >= 0)) {
-      const C top = row.top(), all = row.sum(top, -1);
+      const C background = row[0], top = row.top(background), all = row.foreground(top) + exp(background - top);
       if (rank >= 0) {
         base = top;
         factor = scale / all;
         at_label = exp(row[y] - base) * factor - scale;
       }
     }
-    for (int64_t c = lane; inside && c < loss.classes; c += kLanes) {
+    for (unsigned c = lane; inside && c < classes; c += Row::kLanes) {
       C value = 0;
       if (kept) value = c == y ? at_label : exp(row[c] - base) * factor;
       if (kept && !known) value = std::numeric_limits<C>::quiet_NaN();
@@ -298,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                            const int64_t* __restrict__ divisors,  // [B]
                            Loss loss, T* __restrict__ gradient, Strides strides) {
   using C = gpu::Compute<T>;
-  for_rows<1>(loss.mining, [&](int64_t image, int64_t prior, bool inside) {
+  for_rows<1>(loss.mining, [&](int64_t image, unsigned prior, bool inside) {
     if (!inside) return;
     T* const to = gradient + image * strides.image + prior * strides.prior;
     const bool positive = labels[image * loss.mining.num_priors + prior] > 0;
@@ -312,14 +403,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   });
 }
-
-dim3 grid_for(const mining::Mining& sizes, int lanes) {
-  const int64_t images = sizes.batch < 65535 ? sizes.batch : 65535;
-  return dim3(gpu::blocks_for(sizes.num_priors, kThreads / lanes * kRowsEach), unsigned(images));
-}
-
-// Priors lie closer together than classes.
-bool is_class_major(const Strides& strides) { return strides.prior < strides.last; }
 
 template <class C>
 void settle_images(const Rows& deltas, const Rows& targets, const int64_t* labels, const Loss& loss, void* ranks,
@@ -342,10 +425,11 @@ void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targ
                         Stream stream) {
   gpu::dispatch(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool class_major = is_class_major(logits.strides);
-    gpu::launch(class_major ? rank_kernel<T, 1> : rank_kernel<T, kWays>, grid_for(loss.mining, class_major ? 1 : kWays),
-                dim3(kThreads), 0, stream, static_cast<const T*>(logits.data), logits.strides, labels, loss,
-                static_cast<Rank<T>*>(ranks));
+    with_row<T>(logits.strides, loss.classes, [&](auto* suited) {
+      using Row = std::remove_pointer_t<decltype(suited)>;
+      gpu::launch(rank_kernel<Row>, grid_for(loss.mining, Row::kLanes), dim3(kThreads), 0, stream,
+                  static_cast<const T*>(logits.data), logits.strides, labels, loss, static_cast<Rank<T>*>(ranks));
+    });
     settle_images<gpu::Compute<T>>(deltas, targets, labels, loss, ranks, scratch, stream);
   });
   gpu::launch(finish_kernel, dim3(1), dim3(gpu::kSelectThreads), 0, stream, scratch, loss, divisors,
@@ -357,11 +441,17 @@ void logits_gradient_cuda(const void* grad_conf, const Rows& logits, const int64
                           Stream stream) {
   gpu::dispatch(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool class_major = is_class_major(logits.strides);
-    gpu::launch(class_major ? logits_gradient_kernel<T, 1> : logits_gradient_kernel<T, kWays>,
-                grid_for(loss.mining, class_major ? 1 : kWays), dim3(kThreads), 0, stream,
-                static_cast<const gpu::Compute<T>*>(grad_conf), static_cast<const T*>(logits.data), logits.strides,
-                labels, static_cast<const Rank<T>*>(ranks), divisors, loss, static_cast<T*>(gradient), strides);
+    const auto go = [&](auto* suited) {
+      using Row = std::remove_pointer_t<decltype(suited)>;
+      gpu::launch(logits_gradient_kernel<Row>, grid_for(loss.mining, Row::kLanes), dim3(kThreads), 0, stream,
+                  static_cast<const gpu::Compute<T>*>(grad_conf), static_cast<const T*>(logits.data), logits.strides,
+                  labels, static_cast<const Rank<T>*>(ranks), divisors, loss, static_cast<T*>(gradient), strides);
+    };
+    if (is_class_major(strides)) {
+      go(static_cast<LogitsRow<T, 4, 8, false>*>(nullptr));
+    } else {
+      go(static_cast<LogitsRow<T, kWays, 8, false>*>(nullptr));
+    }
   });
 }
 
