@@ -61,7 +61,9 @@ STREAMING = [
     ("boxes::encode_kernel", "STG", "T", "gpu::store_four(deltas"),
     ("boxes::decode_kernel", "STG", "T", "gpu::store_four(boxes"),
     ("detect::collect_kernel", "LDG", "T", "most[i] = max_of(logit("),
-    ("mining::hard_negatives_kernel", "LDG", "int64", "label = row.labels[i]"),
+    ("mining::hard_negatives_kernel", "LDG", "int64", "gpu::key_of(labels[first + i]"),
+    (r"multibox_loss::rank_kernel<multibox_loss::LogitsRow<\w+, \d+, (?!3)", "LDG", "T", "values[j] = is_class("),
+    ("multibox_loss::settle_kernel", "LDG", "int64", "gpu::key_of(label[i]"),
 ]
 LOADS_IN_FLIGHT = 4
 
@@ -71,8 +73,8 @@ EXACT = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 # Dynamic shared memory, which the launchers choose: the most bytes a block of theirs asks for.
 DYNAMIC_SHARED = {
     "detect::select_kernel": 40 * 1024,  # the cached scores
-    "mining::hard_negatives_kernel": 40 * 1024 + 1816,  # the cached keys, and struct Selection
-    "multibox_loss::mine_kernel": 40 * 1024 + 1816,
+    "mining::hard_negatives_kernel": 40 * 1024 + 1568,  # the cached keys, and struct Selection
+    "multibox_loss::settle_kernel": 40 * 1024 + 2080,  # the cached keys, and struct Settling
 }
 
 

@@ -6,10 +6,11 @@
 namespace ssd_ext::gpu {
 
 // Sum of x over the lanes before this one.
-__device__ inline int64_t sum_before(int64_t x, int lane) {
-  int64_t sum = x;
+template <class X>
+__device__ X sum_before(X x, int lane) {
+  X sum = x;
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int64_t other = __shfl_up_sync(kFullMask, sum, offset);
+    const X other = __shfl_up_sync(kFullMask, sum, offset);
     if (lane >= offset) sum += other;
   }
   return sum - x;
@@ -37,54 +38,68 @@ struct SelectShared {
   int64_t found;             // how many begin so
 };
 
+template <int kThreads, class Key>
+__device__ void clear_counts(SelectShared<Key>& shared) {
+  for (int d = int(threadIdx.x); d < kDigits; d += kThreads) shared.counts[d] = 0;
+  __syncthreads();  // counts are zero, and everybody has read the last prefix
+}
+
+// Counts the digit of a key that begins at bit `shift`, in each lane that says so. Most keys share their first
+// digit: one addition for all equal digits of the warp.
 template <class Key>
-struct Cut {
-  Key key;         // the k-th greatest
-  int64_t wanted;  // of the keys equal to it, how many are among the k greatest
+__device__ __forceinline__ void count_digit(Key key, bool counted, int shift, SelectShared<Key>& shared) {
+  const int digit = counted ? int(key >> shift) & (kDigits - 1) : -1;
+  const unsigned equal = __match_any_sync(kFullMask, digit), before = (1u << threadIdx.x % kWarp) - 1;
+  if (counted && (equal & before) == 0) atomicAdd(&shared.counts[digit], unsigned(__popc(equal)));
+}
+
+// Where the k greatest keys end: with the first `wanted` of the `found` keys equal to `key`. Where that is all of
+// them, `key` may be any key that divides the k greatest from the others: those at least as great are exactly k.
+template <class Key>
+struct Kth {
+  Key key;
+  int64_t wanted, found;
 };
 
 // Of key_at(0) .. key_at(n - 1), unsigned integers of kBits bits, at least k >= 1 of them above 0; n < 2^32.
-// All threads of the block call it. With kDistinct no two keys above 0 are equal, and the result may be
-// any key that divides the k greatest from the others: those at least as great are exactly k.
-template <int kThreads, int kBits, bool kDistinct, class Key, class KeyAt>
-__device__ Cut<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared) {
+// All threads of the block call it. `counted`: their first digits are counted, and a barrier has passed.
+template <int kThreads, int kBits, class Key, class KeyAt>
+__device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared,
+                                 bool counted = false) {
   static_assert(kBits % kDigitBits == 0);
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  Cut<Key> cut{0, k};
+  Kth<Key> kth{0, k, n};
 #pragma unroll 1
-  for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    for (int d = thread; d < kDigits; d += kThreads) shared.counts[d] = 0;
-    __syncthreads();  // counts are zero, and everybody has read the last prefix
+  for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits, counted = false) {
+    if (!counted) {
+      clear_counts<kThreads>(shared);
 #pragma unroll 1
-    for (int64_t begin = 0; begin < n; begin += kThreads) {
-      const int64_t i = begin + thread;
-      const Key key = i < n ? key_at(i) : Key(0);
-      const bool counted = ((key ^ cut.key) >> shift >> kDigitBits) == 0;
-      const int digit = counted ? int(key >> shift) & (kDigits - 1) : -1;
-      // Most keys share their first digit: one addition for all equal digits of the warp.
-      const unsigned equal = __match_any_sync(kFullMask, digit);
-      if (counted && (equal & ((1u << lane) - 1)) == 0) atomicAdd(&shared.counts[digit], unsigned(__popc(equal)));
+      for (int64_t begin = 0; begin < n; begin += kThreads) {
+        const int64_t i = begin + thread;
+        const Key key = i < n ? key_at(i) : Key(0);
+        count_digit(key, i < n && ((key ^ kth.key) >> shift >> kDigitBits) == 0, shift, shared);
+      }
+      __syncthreads();  // counts are complete
     }
-    __syncthreads();  // counts are complete
     if (warp == 0) {  // lane l looks at digits top, top - 1, ..., from the greatest down
       constexpr int kEach = kDigits / kWarp;
       const int top = kDigits - 1 - lane * kEach;
       int64_t sum = 0;
       for (int j = 0; j < kEach; ++j) sum += shared.counts[top - j];
       int64_t above = sum_before(sum, lane);
-      if (above < cut.wanted && cut.wanted <= above + sum) {  // one lane: the k-th greatest is among its digits
+      if (above < kth.wanted && kth.wanted <= above + sum) {  // one lane: the k-th greatest is among its digits
         int digit = top;
-        while (above + shared.counts[digit] < cut.wanted) above += shared.counts[digit--];
-        shared.prefix = cut.key | Key(digit) << shift;
-        shared.wanted = cut.wanted - above;
+        while (above + shared.counts[digit] < kth.wanted) above += shared.counts[digit--];
+        shared.prefix = kth.key | Key(digit) << shift;
+        shared.wanted = kth.wanted - above;
         shared.found = shared.counts[digit];
       }
     }
     __syncthreads();  // the prefix is written
-    cut = {shared.prefix, shared.wanted};
-    if (kDistinct && shared.found == cut.wanted) break;  // the same in every thread
+    kth = {shared.prefix, shared.wanted, shared.found};
+    if (kth.found == kth.wanted) break;  // the same in every thread
   }
-  return cut;
+  return kth;
 }
 
 // ---- the k largest of an image's negatives, for hard_negatives and multibox_loss ----------------
@@ -93,47 +108,109 @@ constexpr int kSelectThreads = 1024;  // of a block that calls what follows
 constexpr int kSelectWarps = kSelectThreads / kWarp;
 constexpr size_t kMostCachedBytes = 40 * 1024;  // bytes kept in shared memory; P = 8732 in float32 fits
 
-constexpr int kAbsentKey = 0;  // the radix key of what is no negative: less than that of any loss
+constexpr int kIgnoredKey = 0, kPositiveKey = 1;  // of what is no negative: less than the key of any loss
 
+// The key of a prior, for `key` that of its loss.
+template <class Key>
+__device__ __forceinline__ Key key_of(int64_t label, Key key) {
+  return label == 0 ? key : Key(label > 0 ? kPositiveKey : kIgnoredKey);
+}
+
+// What the threads of a block tell each other.
 template <class Key>
 struct Selection {
-  int64_t positives[kSelectWarps], negatives[kSelectWarps], ties[kSelectWarps];  // found by each warp
+  uint64_t labels[kSelectWarps];  // found by each warp: positives in the upper half, negatives in the lower one
+  int64_t ties[kSelectWarps];     // found by each warp
+  int64_t end;                    // of the ties that are taken
   SelectShared<Key> select;
 };
 
-// row(i) is the key of prior i < n; `negatives` of them are not kAbsentKey. The k largest are those above
-// the cut, and the first `wanted` of those equal to it.
-template <class Row, class Key>
-__device__ Cut<Key> find_cut(const Row& row, int64_t n, int64_t k, int64_t negatives, Selection<Key>& shared) {
-  if (k == 0 || k >= negatives) return {k == 0 ? ~Key(0) : Key(kAbsentKey), 0};  // the same in every thread
-  return kth_greatest<kSelectThreads, 8 * int(sizeof(Key)), false>(row, n, k, shared.select);
-}
+// The keys of one image: made once into shared memory where they fit, else anew for each pass. make(i) makes the
+// key of prior i < n of its loss and its label.
+template <class Key_, bool kCached, class Make>
+struct ImageKeys {
+  using Key = Key_;
+  Make make;
+  int64_t n;
+  Key* cache;  // [n] if kCached
 
-// mark(i, largest) for each i < n, by the thread that has just read row(i): it may change the key.
-template <class Row, class Key, class Mark>
-__device__ void mark_largest(const Row& row, int64_t n, const Cut<Key>& cut, Selection<Key>& shared, const Mark& mark) {
-  // Ties go to the lowest prior. Each warp has a run of consecutive priors: it learns how many ties
-  // lie in the runs before its own, then walks through it in order.
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int64_t run = (n + kSelectThreads - 1) / kSelectThreads * kWarp;
-  const int64_t begin = warp * run < n ? warp * run : n, end = begin + run < n ? begin + run : n;
-  int64_t ties = 0;
-  if (cut.wanted > 0) {
-    for (int64_t i = begin + lane; i < end; i += kWarp) ties += row(i) == cut.key;
+  __device__ Key operator()(int64_t i) const {
+    if constexpr (kCached) {
+      return cache[i];
+    } else {
+      return make(i);
+    }
   }
+};
+
+// The k largest negatives of an image: those whose key is above `key`, or equal to it before prior `end`.
+template <class Key>
+struct Cut {
+  Key key;
+  int64_t end;
+
+  __device__ bool takes(Key other, int64_t i) const { return other > key || (other == key && i < end); }
+};
+
+// Ties go to the lowest prior: the one after the last that is taken, of the priors whose key is kth.key.
+template <class Keys, class Key>
+__device__ int64_t end_of_ties(const Keys& keys, const Kth<Key>& kth, Selection<Key>& shared) {
+  // Each warp has a run of consecutive priors, and learns how many ties lie in the runs before its own.
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int64_t n = keys.n, run = (n + kSelectThreads - 1) / kSelectThreads * kWarp;
+  const int64_t begin = warp * run, end = begin + run < n ? begin + run : n;
+  int64_t ties = 0;
+  for (int64_t i = begin + lane; i < end; i += kWarp) ties += keys(i) == kth.key;
   ties = warp_sum(ties);
   if (lane == 0) shared.ties[warp] = ties;
   __syncthreads();  // the ties of every run are written
   int64_t before = __shfl_sync(kFullMask, sum_before(shared.ties[lane], lane), warp);
-  for (int64_t first = begin; first < end; first += kWarp) {
-    const int64_t i = first + lane;
-    const Key key = i < end ? row(i) : Key(kAbsentKey);
-    const bool tie = i < end && key == cut.key;
-    const unsigned tied = __ballot_sync(kFullMask, tie);
-    const int64_t rank = before + __popc(tied & ((1u << lane) - 1));
-    if (i < end) mark(i, key > cut.key || (tie && rank < cut.wanted));
-    before += __popc(tied);
+  if (before < kth.wanted && kth.wanted <= before + ties) {  // one warp: the last that is taken lies in its run
+    for (int64_t first = begin; first < end; first += kWarp) {
+      const int64_t i = first + lane;
+      const bool tie = i < end && keys(i) == kth.key;
+      const unsigned tied = __ballot_sync(kFullMask, tie);
+      if (tie && before + __popc(tied & ((1u << lane) - 1)) == kth.wanted - 1) shared.end = i + 1;
+      before += __popc(tied);
+    }
   }
+  __syncthreads();  // the end is written
+  return shared.end;
+}
+
+// Makes the keys of an image and cuts off the wanted(positives, negatives) largest of its negatives.
+template <class Key, bool kCached, class Make, class Wanted>
+__device__ Cut<Key> cut_negatives(const ImageKeys<Key, kCached, Make>& keys, const Wanted& wanted,
+                                  Selection<Key>& shared) {
+  constexpr int kBits = 8 * int(sizeof(Key)),
+                kAhead = 16 / int(sizeof(Key));  // keys that a thread loads before it uses the first
+  const int64_t n = keys.n;
+  clear_counts<kSelectThreads>(shared.select);
+  uint64_t labels = 0;
+#pragma unroll 1
+  for (int64_t begin = 0; begin < n; begin += kAhead * kSelectThreads) {
+    const unsigned left = unsigned(n - begin < kAhead * kSelectThreads ? n - begin : kAhead * kSelectThreads);
+    Key made[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const unsigned i = j * kSelectThreads + threadIdx.x;
+      made[j] = i < left ? keys.make(begin + i) : Key(kIgnoredKey);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const unsigned i = j * kSelectThreads + threadIdx.x;
+      const bool inside = i < left;
+      if (kCached && inside) keys.cache[begin + i] = made[j];
+      if (inside) labels += uint64_t(made[j] == kPositiveKey) << 32 | uint64_t(made[j] > kPositiveKey);
+      count_digit(made[j], inside, kBits - kDigitBits, shared.select);
+    }
+  }
+  labels = block_sum(labels, shared.labels);  // whose barrier publishes cache and counts, too
+  const int64_t negatives = int64_t(labels & 0xffffffff), k = wanted(int64_t(labels >> 32), negatives);
+  if (k == 0) return {~Key(0), 0};  // the same in every thread
+  if (k >= negatives) return {Key(kPositiveKey), 0};
+  const Kth<Key> kth = kth_greatest<kSelectThreads, kBits>(keys, n, k, shared.select, true);
+  return {kth.key, kth.wanted == kth.found ? n : end_of_ties(keys, kth, shared)};
 }
 
 }  // namespace ssd_ext::gpu

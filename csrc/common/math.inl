@@ -97,13 +97,9 @@ SSD_EXT_HD V pow2(IntOf<V> k) {
 }
 
 // p * 2^n for a whole number n near 1.5 * 2^m in `magic`: n = shifted - magic. In two steps, so that
-// denormal and infinite results are rounded once; AVX-512 has an instruction that does the same. kNear: the
-// result is a normal number, so that n is added to its exponent.
-template <bool kNear, class V>
+// denormal and infinite results are rounded once; AVX-512 has an instruction that does the same.
+template <class V>
 SSD_EXT_HD V scale(V p, V shifted, ScalarOf<V> magic) {
-  if constexpr (kNear) {
-    return bit_cast<V>(bit_cast<IntOf<V>>(p) + shift_left(bit_cast<IntOf<V>>(shifted), sizeof(magic) == 4 ? 23 : 52));
-  }
 #if defined(SSD_EXT_SIMD_LEVEL) && SSD_EXT_SIMD_LEVEL == 2
   if constexpr (sizeof(V) == 64 && sizeof(magic) == 4) {
     return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(shifted - magic)));
@@ -115,7 +111,8 @@ SSD_EXT_HD V scale(V p, V shifted, ScalarOf<V> magic) {
   return p * pow2<V>(half) * pow2<V>(n - half);
 }
 
-// Degree-5 minimax polynomial after Cody-Waite reduction (Cephes expf).
+// Degree-5 minimax polynomial after Cody-Waite reduction (Cephes expf). kNear: the result is a normal number, so that
+// the power of two can be added to its exponent.
 template <bool kNear, class V>
 SSD_EXT_HD V exp_f32(V x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
@@ -128,11 +125,12 @@ SSD_EXT_HD V exp_f32(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return scale<kNear>(p, z, magic);
+  if constexpr (kNear) return bit_cast<V>(bit_cast<IntOf<V>>(p) + shift_left(bit_cast<IntOf<V>>(z), 23));
+  return scale<V>(p, z, magic);
 }
 
 // Remez approximation of r * (exp(r) + 1) / (exp(r) - 1) (fdlibm e_exp.c).
-template <bool kNear, class V>
+template <class V>
 SSD_EXT_HD V exp_f64(V x) {
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   const V z = x * 1.44269504088896338700e+00 + magic;
@@ -147,7 +145,7 @@ SSD_EXT_HD V exp_f64(V x) {
   p = p * t + 1.66666666666666019037e-01;
   const V c = r - t * p;
   const V y = 1.0 - ((lo - (r * c) / (2.0 - c)) - hi);
-  return scale<kNear>(y, z, magic);
+  return scale<V>(y, z, magic);
 }
 
 // Cephes logf on m in [sqrt(1/2), sqrt(2)).
@@ -195,21 +193,13 @@ SSD_EXT_HD V exp(V x) {
   if constexpr (single) {
     return detail::exp_f32<false>(x);
   } else {
-    return detail::exp_f64<false>(x);
+    return detail::exp_f64(x);
   }
 }
 
-// The bits of exp(x) for |x| <= kNearExponent, which need neither bounds nor care in scaling.
-template <class V>
-constexpr ScalarOf<V> kNearExponent = std::is_same_v<ScalarOf<V>, float> ? 86 : 706;
-template <class V>
-SSD_EXT_HD V exp_near(V x) {
-  if constexpr (std::is_same_v<ScalarOf<V>, float>) {
-    return detail::exp_f32<true>(x);
-  } else {
-    return detail::exp_f64<true>(x);
-  }
-}
+// The bits of exp(x) for |x| <= kNearExponent, which needs neither bounds nor care in scaling.
+constexpr float kNearExponent = 86;
+SSD_EXT_HD float exp_near(float x) { return detail::exp_f32<true>(x); }
 
 // Natural logarithm within 2 ulp (1 ulp in double); log(0) = -inf, log(x < 0) = NaN, log(inf) = inf.
 template <class V>

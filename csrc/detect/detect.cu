@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(Inputs in, Wo
   count = gpu::warp_sum(lane < kSelectThreads / gpu::kWarp ? candidates[lane] : 0);
   Key<C> cut = 1;
   if (count > best) {
-    cut = gpu::kth_greatest<kSelectThreads, kKeyBits<C>, true>(key_at, priors, best, select).key;
+    cut = gpu::kth_greatest<kSelectThreads, kKeyBits<C>>(key_at, priors, best, select).key;
     count = best;
   }
   Key<C>* const list = w.lists + image * size + place * best;
@@ -270,7 +270,7 @@ __device__ int next_chunk(const Key<C>* list, int64_t n, Key<C> last, Visit<C>& 
     __syncthreads();  // the counts of the warps are written
     behind = gpu::warp_sum(lane < kVisitWarps ? shared.behind[lane] : 0);
     if (behind > kChunk) {
-      cut = gpu::kth_greatest<kVisitThreads, kKeyBits<C>, true>(key_at, n, kChunk, shared.select).key;
+      cut = gpu::kth_greatest<kVisitThreads, kKeyBits<C>>(key_at, n, kChunk, shared.select).key;
     }
   }
   if (thread == 0) shared.gathered = 0;

@@ -8,24 +8,6 @@ namespace {
 template <class T>
 using RadixKey = decltype(radix_key(IntOf<gpu::Compute<T>>{}));
 
-// The keys of one image: read once into shared memory where they fit, else made anew for each pass.
-template <class T, bool kCached>
-struct Row {
-  using Key = RadixKey<T>;
-  const T* loss;          // [n]
-  const int64_t* labels;  // [n]
-  Key* cache;             // [n] if kCached
-  int64_t n;
-
-  __device__ Key made(int64_t i, int64_t label) const {
-    return label == 0 ? radix_key(order_key_nan_greatest(gpu::Compute<T>(loss[i]))) : Key(gpu::kAbsentKey);
-  }
-  __device__ Key operator()(int64_t i) const {
-    if constexpr (kCached) return cache[i];
-    return made(i, labels[i]);
-  }
-};
-
 template <class T, bool kCached>
 __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     hard_negatives_kernel(const T* __restrict__ loss,          // [B, P]
@@ -33,27 +15,19 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
                           bool* __restrict__ mask,             // [B, P]
                           Mining mining) {
   using Key = RadixKey<T>;
-  const int64_t n = mining.num_priors;
+  const int64_t n = mining.num_priors, first = blockIdx.x * n;  // prior of this image
   gpu::Smem smem;
   gpu::Selection<Key>& shared = *smem.take<gpu::Selection<Key>>(1);
   Key* const cache = smem.take<Key>(kCached ? n : 0);
-
-  const int64_t image = blockIdx.x;
-  const Row<T, kCached> row{loss + image * n, labels + image * n, cache, n};
-  bool* const marked = mask + image * n;
-
-  int64_t positives = 0, negatives = 0;
-  for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) {
-    const int64_t label = row.labels[i];
-    positives += label > 0;
-    negatives += label == 0;
-    if constexpr (kCached) cache[i] = row.made(i, label);
-  }
-  positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
-  negatives = gpu::block_sum(negatives, shared.negatives);
-  const int64_t k = negatives_to_mark(positives, negatives, mining);
-  const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
-  gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) { marked[i] = largest; });
+  const auto make = [=](int64_t i) {
+    return gpu::key_of(labels[first + i], radix_key(order_key_nan_greatest(gpu::Compute<T>(loss[first + i]))));
+  };
+  const gpu::ImageKeys<Key, kCached, decltype(make)> keys{make, n, cache};
+  const auto wanted = [=](int64_t positives, int64_t negatives) {
+    return negatives_to_mark(positives, negatives, mining);
+  };
+  const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, shared);
+  for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) mask[first + i] = cut.takes(keys(i), i);
 }
 
 }  // namespace

@@ -137,11 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   if (is_cuda(logits)) {
     const CudaLaunch launch(op, logits);
     const Tensor x = cuda_strided_input(logits), d = cuda_strided_input(deltas), t = cuda_strided_input(targets);
-    const Tensor y = cuda_input(labels), scratch = byte_workspace(logits, batch * sizeof(ImageSums));
-    SSD_EXT_CUDA_CALL(multibox_loss_cuda(rows_of(x), rows_of(d), rows_of(t), y.const_data_ptr<int64_t>(), loss,
-                                         loc.mutable_data_ptr(), conf.mutable_data_ptr(), ranks.mutable_data_ptr(),
-                                         divisors.mutable_data_ptr<int64_t>(),
-                                         static_cast<ImageSums*>(scratch.mutable_data_ptr()), launch.stream));
+    const Tensor y = cuda_input(labels);
+    SSD_EXT_CUDA_CALL(
+        Tensor workspace = byte_workspace(logits, workspace_bytes(loss));
+        multibox_loss_cuda(rows_of(x), rows_of(d), rows_of(t), y.const_data_ptr<int64_t>(), loss,
+                           loc.mutable_data_ptr(), conf.mutable_data_ptr(), ranks.mutable_data_ptr(),
+                           divisors.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(), launch.stream));
     return {loc, conf, ranks, divisors};
   }
   const Tensor y = as_contiguous(labels);

@@ -5,8 +5,15 @@
 //   40      logits, background and label of a row loaded before the first is used: 7 loads in flight, 239 instructions
 //   37      exponentials without bounds, scaled in one step, where none can over- or underflow: 224 instructions
 //   Now instructions (34) and bytes (31) bind it about alike.
+//
+// settle_kernel, a block an image, as long at B = 1 as at B = 32:
+//   25      mining, sums and their end in launches of their own, logarithms of kept rows by 5 % of the lanes
+//   9       one launch that the last block ends; warps share out their kept rows; keys are loaded four ahead, and most
+//           images need two or three digits of them instead of four
+//   Now the instructions of one multiprocessor bind it: several blocks an image would help, which takes clusters.
 #include "multibox_loss/multibox_loss.h"
 
+#include "common/gpu_last_block.h"
 #include "common/gpu_select.h"
 
 namespace ssd_ext::multibox_loss {
@@ -36,10 +43,12 @@ __device__ __forceinline__ void fold(C* values) {
 }
 
 // Lane l of kGroup has the foreground classes 1 + l, 1 + l + kGroup, ... and loads kEach of them before it uses the
-// first. kWhole: there are no more; they lie side by side, stay in registers, and only the last may be missing. All
-// lanes of a warp call these functions together.
-template <class Stored, int kGroup, int kEach, bool kWhole>
+// first. Unless kSure < 0 there are no more: they lie side by side and stay in registers, and each lane has kSure of
+// them for certain. All lanes of a warp call these functions together.
+template <class Stored, int kGroup, int kEach, int kSure = -1>
 class LogitsRow {
+  static constexpr bool kWhole = kSure >= 0;
+
  public:
   using T = Stored;
   using C = gpu::Compute<T>;
@@ -56,7 +65,7 @@ class LogitsRow {
   // Whether foreground_near() may be called.
   __device__ bool is_near(C base) const {
     bool near = true;
-    for_each_class([&](int j, unsigned c, C x) { near &= !is_class(j, c) || std::abs(x - base) <= kNearExponent<C>; });
+    for_each_class([&](int j, unsigned c, C x) { near &= !is_class(j, c) || std::abs(x - base) <= kNearExponent; });
     return near;
   }
 
@@ -85,7 +94,7 @@ class LogitsRow {
  private:
   static constexpr C kNothing = -std::numeric_limits<C>::infinity();  // of a missing class: its exponential is 0
 
-  __device__ bool is_class(int j, unsigned c) const { return (kWhole && j < kEach - 1) || c < classes_; }
+  __device__ bool is_class(int j, unsigned c) const { return j < kSure || c < classes_; }
 
   __device__ void load(unsigned first, C* values) const {
     const int64_t stride = kWhole ? 1 : stride_;
@@ -152,8 +161,9 @@ template <class Row>
 __global__ void __launch_bounds__(kThreads, (Row::kInRegisters ? 24 : 16) / sizeof(typename Row::C))
     rank_kernel(const typename Row::T* __restrict__ logits, Strides strides,
                 const int64_t* __restrict__ labels,  // [B, P]
-                Loss loss, Rank<typename Row::T>* __restrict__ ranks) {
+                Loss loss, Rank<typename Row::T>* __restrict__ ranks, unsigned* __restrict__ ticket) {
   using C = typename Row::C;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) *ticket = 0;  // for settle_kernel
   for_rows<Row::kLanes>(loss.mining, [&](int64_t image, unsigned prior, bool inside) {
     const int64_t first = image * loss.mining.num_priors;
     const Row row(logits + image * strides.image + prior * strides.prior, strides.last, loss.classes);
@@ -186,121 +196,125 @@ __global__ void __launch_bounds__(kThreads, (Row::kInRegisters ? 24 : 16) / size
 // Priors lie closer together than classes.
 bool is_class_major(const Strides& strides) { return strides.prior < strides.last; }
 
-// f(a null pointer to the LogitsRow that suits this layout and number of classes).
-template <class T, int kEach = 1, class F>
+// f(a null pointer to the LogitsRow that suits this layout and number of classes). Few lanes have several classes
+// each, which saves the instructions around them. float64 is too rare for kernels of its own.
+template <class T, class F>
 void with_row(const Strides& strides, int64_t classes, const F& f) {
-  constexpr int most = 8;
-  if constexpr (kEach == 1) {
-    if (is_class_major(strides)) return f(static_cast<LogitsRow<T, 4, 8, false>*>(nullptr));
-    if (strides.last != 1) return f(static_cast<LogitsRow<T, kWays, 4, false>*>(nullptr));
+  if (is_class_major(strides)) return f(static_cast<LogitsRow<T, 4, 8>*>(nullptr));
+  if (strides.last != 1) return f(static_cast<LogitsRow<T, 16, 4>*>(nullptr));
+  if constexpr (!std::is_same_v<T, double>) {
+    if (classes <= 1 + 4 * 3) return f(static_cast<LogitsRow<T, 4, 3, 0>*>(nullptr));
+    if (classes <= 1 + 4 * 5) return f(static_cast<LogitsRow<T, 4, 5, 3>*>(nullptr));
+    if (classes <= 1 + 4 * 8) return f(static_cast<LogitsRow<T, 4, 8, 5>*>(nullptr));
+    if (classes <= 1 + 8 * 8) return f(static_cast<LogitsRow<T, 8, 8, 4>*>(nullptr));
+    if (classes <= 1 + 8 * 10) return f(static_cast<LogitsRow<T, 8, 10, 8>*>(nullptr));
+    if (classes <= 1 + 16 * 8) return f(static_cast<LogitsRow<T, 16, 8, 5>*>(nullptr));
   }
-  if (classes - 1 <= kWays * kEach) return f(static_cast<LogitsRow<T, kWays, kEach, true>*>(nullptr));
-  if constexpr (kEach < most) {
-    with_row<T, kEach + 1>(strides, classes, f);
-  } else {
-    f(static_cast<LogitsRow<T, kWays, most, false>*>(nullptr));
-  }
+  f(static_cast<LogitsRow<T, 16, 8>*>(nullptr));
 }
 
-// ---- one image: mining, sums ---------------------------------------------------------------------
+// ---- mining and sums, a block an image ------------------------------------------------------------
 
-// The keys of one image: made once into shared memory where they fit, else anew for each pass.
-template <class C, bool kCached>
-struct KeyRow {
-  using Key = decltype(radix_key(IntOf<C>{}));
-  const IntOf<C>* ranks;  // [n]
-  const int64_t* labels;  // [n]
-  Key* cache;             // [n] if kCached
+struct Workspace {
+  ImageSums* sums;   // [B]
+  unsigned* ticket;  // of the images that are summed
+  size_t bytes;
 
-  __device__ Key made(int64_t i, int64_t label) const {
-    return label == 0 ? radix_key(ranks[i]) : Key(gpu::kAbsentKey);
-  }
-  __device__ Key operator()(int64_t i) const {
-    if constexpr (kCached) return cache[i];
-    return made(i, labels[i]);
+  Workspace(void* base, const Loss& loss) {
+    gpu::Scratch scratch{base};
+    sums = scratch.take<ImageSums>(loss.mining.batch);
+    ticket = scratch.take<unsigned>(1);
+    bytes = scratch.bytes;
   }
 };
 
-__device__ double element(const Rows& rows, int64_t i) {
-  switch (rows.dtype) {
+// What the threads of a block tell each other.
+template <class Key>
+struct Settling {
+  gpu::Selection<Key> selection;
+  double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];  // found by each warp
+};
+
+// A [batch, num_priors, 4] tensor; `aligned`: each row is one access.
+struct Fours {
+  const char* data;
+  DType dtype;
+  Strides bytes;
+  bool aligned;
+};
+
+template <class T>
+__device__ __forceinline__ void load_four(const char* row, int64_t stride, bool aligned, double (&to)[4]) {
+  gpu::Four<T> four;
+  if (aligned) {
+    four = *reinterpret_cast<const gpu::Four<T>*>(row);
+  } else {
+#pragma unroll
+    for (int d = 0; d < 4; ++d) four.v[d] = *reinterpret_cast<const T*>(row + d * stride);
+  }
+#pragma unroll
+  for (int d = 0; d < 4; ++d) to[d] = double(gpu::Compute<T>(four.v[d]));
+}
+
+__device__ __forceinline__ void load_four(const Fours& from, int64_t image, int64_t prior, double (&to)[4]) {
+  const char* const row = from.data + image * from.bytes.image + prior * from.bytes.prior;
+  switch (from.dtype) {
     case DType::f32:
-      return double(static_cast<const float*>(rows.data)[i]);
+      return load_four<float>(row, from.bytes.last, from.aligned, to);
     case DType::f64:
-      return static_cast<const double*>(rows.data)[i];
+      return load_four<double>(row, from.bytes.last, from.aligned, to);
     case DType::f16:
-      return double(float(static_cast<const __half*>(rows.data)[i]));
+      return load_four<__half>(row, from.bytes.last, from.aligned, to);
     default:
-      return double(float(static_cast<const __nv_bfloat16*>(rows.data)[i]));
+      return load_four<__nv_bfloat16>(row, from.bytes.last, from.aligned, to);
   }
 }
 
-// Error of coordinate d of a prior's delta.
-__device__ double delta_error(const Rows& deltas, const Rows& targets, int64_t image, int64_t prior, int d) {
-  const auto at = [&](const Strides& s) { return image * s.image + prior * s.prior + d * s.last; };
-  return element(deltas, at(deltas.strides)) - element(targets, at(targets.strides));
+// Smooth L1 of a positive prior.
+__device__ __forceinline__ double loc_term(const Fours& deltas, const Fours& targets, int64_t image, int64_t prior,
+                                           double beta) {
+  double delta[4], target[4], term = 0;
+  load_four(deltas, image, prior, delta);
+  load_four(targets, image, prior, target);
+#pragma unroll
+  for (int d = 0; d < 4; ++d) term += smooth_l1(delta[d] - target[d], beta);
+  return term;
 }
 
-template <class C, bool kCached>
-__global__ void __launch_bounds__(gpu::kSelectThreads, 1) mine_kernel(IntOf<C>* ranks,                     // [B, P]
-                                                                      const int64_t* __restrict__ labels,  // [B, P]
-                                                                      mining::Mining mining) {
-  using Key = typename KeyRow<C, kCached>::Key;
-  const int64_t n = mining.num_priors;
-  gpu::Smem smem;
-  gpu::Selection<Key>& shared = *smem.take<gpu::Selection<Key>>(1);
-  Key* const cache = smem.take<Key>(kCached ? n : 0);
-
-  const int64_t image = blockIdx.x;
-  IntOf<C>* const rank = ranks + image * n;
-  const int64_t* const label = labels + image * n;
-  const KeyRow<C, kCached> row{rank, label, cache};
-
-  int64_t positives = 0, negatives = 0;
-  for (int64_t i = threadIdx.x; i < n; i += gpu::kSelectThreads) {
-    positives += label[i] > 0;
-    negatives += label[i] == 0;
-    if constexpr (kCached) cache[i] = row.made(i, label[i]);
-  }
-  positives = gpu::block_sum(positives, shared.positives);  // whose barrier publishes the cache, too
-  negatives = gpu::block_sum(negatives, shared.negatives);
-  const int64_t k = negatives_to_mark(positives, negatives, mining);
-  const gpu::Cut<Key> cut = gpu::find_cut(row, n, k, negatives, shared);
-  gpu::mark_largest(row, n, cut, shared, [&](int64_t i, bool largest) {
-    if (!largest && label[i] <= 0) rank[i] = kAbsent<C>;
-  });
-}
-
-template <class C>
-__global__ void __launch_bounds__(gpu::kSelectThreads, 1) sum_kernel(const IntOf<C>* __restrict__ ranks,  // [B, P]
-                                                                     const int64_t* __restrict__ labels,  // [B, P]
-                                                                     Rows deltas, Rows targets, Loss loss,
-                                                                     ImageSums* __restrict__ sums) {  // [B]
-  __shared__ int64_t counts[gpu::kSelectWarps];
-  __shared__ double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];
-  const int64_t n = loss.mining.num_priors;
-  const int64_t image = blockIdx.x;
-  int64_t positives = 0;
-  double loc = 0, conf = 0;
-#pragma unroll 1  // copies of all that a term takes would spill registers
-  for (int64_t i = threadIdx.x; i < n; i += kSums) {
-    const IntOf<C> rank = ranks[image * n + i];
-    if (rank == kAbsent<C>) continue;
-    conf += loss_of_rank<C>(rank);
-    if (labels[image * n + i] <= 0) continue;
-    ++positives;
-    double term = 0;
+// Returns sum + term(owner, r) + ... in lane `owner`, over the bits r of its `kept` in rising order. Few bits are set,
+// and terms take long: the lanes of the warp, which call this together, share them evenly.
+template <class F>
+__device__ __forceinline__ double add_terms(double sum, unsigned kept, const F& term) {
+  const int lane = int(threadIdx.x) % gpu::kWarp;
+  const int before = gpu::sum_before(__popc(kept), lane), after = before + __popc(kept);
+  const int all = __shfl_sync(gpu::kFullMask, after, gpu::kWarp - 1);
 #pragma unroll 1
-    for (int d = 0; d < 4; ++d) term += smooth_l1(delta_error(deltas, targets, image, i, d), loss.beta);
-    loc += term;
+  for (int begin = 0; begin < all; begin += gpu::kWarp) {
+    // This lane's share is number begin + lane of all, and belongs to the last lane with no more than that before it.
+    const int number = begin + lane;
+    int owner = 0;
+#pragma unroll
+    for (int step = gpu::kWarp / 2; step > 0; step /= 2) {
+      if (__shfl_sync(gpu::kFullMask, before, owner + step) <= number) owner += step;
+    }
+    unsigned bits = __shfl_sync(gpu::kFullMask, kept, owner);
+    const int skipped = number - __shfl_sync(gpu::kFullMask, before, owner);
+#pragma unroll 1
+    for (int i = 0; i < skipped; ++i) bits &= bits - 1;
+    const double made = number < all ? term(owner, __ffs(int(bits)) - 1) : 0;
+    // Each owner fetches its own, which lie side by side.
+    int next = max_of(before - begin, 0);
+    const int end = min_of(after - begin, gpu::kWarp);
+    while (__any_sync(gpu::kFullMask, next < end)) {
+      const double fetched = __shfl_sync(gpu::kFullMask, made, next);
+      if (next < end) sum += fetched;
+      ++next;
+    }
   }
-  positives = gpu::block_sum(positives, counts);
-  loc = gpu::block_sum(loc, locs);
-  conf = gpu::block_sum(conf, confs);
-  if (threadIdx.x == 0) sums[image] = {positives, loc, conf};
+  return sum;
 }
 
-// ---- all images ----------------------------------------------------------------------------------
-
+// Writes the divisors and the losses, once the sums of all images are known.
 struct Scalar {
   void* data;
   DType dtype;
@@ -313,27 +327,87 @@ __device__ void store_scalar(const Scalar& to, double value) {
   }
 }
 
-__global__ void __launch_bounds__(gpu::kSelectThreads, 1)
-    finish_kernel(const ImageSums* __restrict__ sums,  // [B]
-                  Loss loss, int64_t* __restrict__ divisors, Scalar loc, Scalar conf) {
-  __shared__ int64_t counts[gpu::kSelectWarps];
-  __shared__ double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];
-  int64_t positives = 0;
-  for (int64_t b = threadIdx.x; b < loss.mining.batch; b += kSums) positives += sums[b].positives;
-  positives = gpu::block_sum(positives, counts);
+template <class Key>
+__device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisors, const Scalar& loc,
+                       const Scalar& conf, Settling<Key>& shared) {
+  const int64_t batch = loss.mining.batch;
+  uint64_t positives = 0;
+#pragma unroll 1
+  for (int64_t b = threadIdx.x; b < batch; b += kSums) positives += gpu::load_written(&sums[b].positives);
+  positives = gpu::block_sum(positives, shared.selection.labels);
   double all_loc = 0, all_conf = 0;
-  for (int64_t b = threadIdx.x; b < loss.mining.batch; b += kSums) {
-    const ImageSums image = sums[b];
-    const int64_t divisor = divisor_of(image.positives, positives, loss);
+#pragma unroll 1
+  for (int64_t b = threadIdx.x; b < batch; b += kSums) {
+    const int64_t divisor = divisor_of(gpu::load_written(&sums[b].positives), int64_t(positives), loss);
     divisors[b] = divisor;
-    all_loc += image.loc / double(divisor);
-    all_conf += image.conf / double(divisor);
+    all_loc += gpu::load_written(&sums[b].loc) / double(divisor);
+    all_conf += gpu::load_written(&sums[b].conf) / double(divisor);
   }
-  all_loc = gpu::block_sum(all_loc, locs);
-  all_conf = gpu::block_sum(all_conf, confs);
+  all_loc = gpu::block_sum(all_loc, shared.locs);
+  all_conf = gpu::block_sum(all_conf, shared.confs);
   if (threadIdx.x == 0) {
     store_scalar(loc, loss.alpha * all_loc);
     store_scalar(conf, all_conf);
+  }
+}
+
+// 1. Cuts off the hardest negatives of an image. 2. Clears the ranks of all that is not kept. 3. Sums the terms of what
+// is. 4. The last block divides the sums of all images.
+template <class C, bool kCached>
+__global__ void __launch_bounds__(gpu::kSelectThreads, 1)
+    settle_kernel(IntOf<C>* ranks,                     // [B, P]
+                  const int64_t* __restrict__ labels,  // [B, P]
+                  Fours deltas, Fours targets, Loss loss, Workspace workspace, int64_t* __restrict__ divisors,
+                  Scalar loc, Scalar conf) {
+  using Key = decltype(radix_key(IntOf<C>{}));
+  constexpr int kRounds = 32;  // of kSums priors, one bit for each
+  const int64_t n = loss.mining.num_priors, image = blockIdx.x;
+  gpu::Smem smem;
+  Settling<Key>& shared = *smem.take<Settling<Key>>(1);
+  Key* const cache = smem.take<Key>(kCached ? n : 0);
+  if (image < loss.mining.batch) {
+    IntOf<C>* const rank = ranks + image * n;
+    const int64_t* const label = labels + image * n;
+    const auto make = [=](int64_t i) { return gpu::key_of(label[i], radix_key(rank[i])); };
+    const gpu::ImageKeys<Key, kCached, decltype(make)> keys{make, n, cache};
+    const auto wanted = [&](int64_t positives, int64_t negatives) {
+      if (threadIdx.x == 0) workspace.sums[image].positives = positives;
+      return negatives_to_mark(positives, negatives, loss.mining);
+    };
+    const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, shared.selection);
+    double loc_sum = 0, conf_sum = 0;  // of priors p with p % kSums == threadIdx.x, in rising order
+#pragma unroll 1
+    for (int64_t first = 0; first < n; first += kRounds * kSums) {
+      unsigned kept = 0, positive = 0;
+#pragma unroll 1
+      for (int r = 0; r < kRounds; ++r) {
+        const int64_t i = first + r * kSums + int(threadIdx.x);
+        if (i >= n) break;
+        const Key key = keys(i);
+        if (key == gpu::kPositiveKey) {
+          positive |= 1u << r;
+        } else if (cut.takes(key, i)) {
+          kept |= 1u << r;
+        } else {
+          rank[i] = kAbsent<C>;
+        }
+      }
+      const int64_t of_warp = first + int(threadIdx.x) / gpu::kWarp * gpu::kWarp;
+      conf_sum = add_terms(conf_sum, kept | positive,
+                           [&](int owner, int r) { return loss_of_rank<C>(rank[of_warp + r * kSums + owner]); });
+      loc_sum = add_terms(loc_sum, positive, [&](int owner, int r) {
+        return loc_term(deltas, targets, image, of_warp + r * kSums + owner, loss.beta);
+      });
+    }
+    loc_sum = gpu::block_sum(loc_sum, shared.locs);
+    conf_sum = gpu::block_sum(conf_sum, shared.confs);
+    if (threadIdx.x == 0) {
+      workspace.sums[image].loc = loc_sum;
+      workspace.sums[image].conf = conf_sum;
+    }
+  }
+  if (gpu::is_last_block(workspace.ticket, gridDim.x)) {
+    finish(workspace.sums, loss, divisors, loc, conf, shared);
   }
 }
 
@@ -384,7 +458,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    deltas_gradient_kernel(const gpu::Compute<T>* __restrict__ grad_loc, Rows deltas, Rows targets,
+    deltas_gradient_kernel(const gpu::Compute<T>* __restrict__ grad_loc, Fours deltas, Fours targets,
                            const int64_t* __restrict__ labels,    // [B, P]
                            const int64_t* __restrict__ divisors,  // [B]
                            Loss loss, T* __restrict__ gradient, Strides strides) {
@@ -393,10 +467,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!inside) return;
     T* const to = gradient + image * strides.image + prior * strides.prior;
     const bool positive = labels[image * loss.mining.num_priors + prior] > 0;
+    double delta[4] = {}, target[4] = {};
+    if (positive) {
+      load_four(deltas, image, prior, delta);
+      load_four(targets, image, prior, target);
+    }
     for (int d = 0; d < 4; ++d) {
       C value = 0;
       if (positive) {
-        const double slope = smooth_l1_slope(delta_error(deltas, targets, image, prior, d), loss.beta);
+        const double slope = smooth_l1_slope(delta[d] - target[d], loss.beta);
         value = C(loss.alpha * double(*grad_loc) / double(divisors[image]) * slope);
       }
       to[d * strides.last] = T(value);
@@ -404,36 +483,42 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-template <class C>
-void settle_images(const Rows& deltas, const Rows& targets, const int64_t* labels, const Loss& loss, void* ranks,
-                   ImageSums* sums, Stream stream) {
-  using Key = typename KeyRow<C, true>::Key;
-  const size_t n = size_t(loss.mining.num_priors), bare = gpu::Smem::end_of<gpu::Selection<Key>>(0, 1);
-  const bool cached = n <= gpu::kMostCachedBytes / sizeof(Key);
-  const dim3 grid(unsigned(loss.mining.batch)), block(gpu::kSelectThreads);
-  gpu::launch(cached ? mine_kernel<C, true> : mine_kernel<C, false>, grid, block,
-              cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, static_cast<IntOf<C>*>(ranks), labels,
-              loss.mining);
-  gpu::launch(sum_kernel<C>, grid, block, 0, stream, static_cast<const IntOf<C>*>(ranks), labels, deltas, targets, loss,
-              sums);
+Fours fours_of(const Rows& rows) {
+  const bool half = rows.dtype == DType::f16 || rows.dtype == DType::bf16;
+  const int64_t element = half ? 2 : rows.dtype == DType::f64 ? 8 : 4, access = half ? 8 : 16;
+  const Strides bytes{rows.strides.image * element, rows.strides.prior * element, rows.strides.last * element};
+  const bool aligned = bytes.last == element && bytes.prior % access == 0 && bytes.image % access == 0 &&
+                       reinterpret_cast<uintptr_t>(rows.data) % access == 0;
+  return {static_cast<const char*>(rows.data), rows.dtype, bytes, aligned};
 }
 
 }  // namespace
 
+size_t workspace_bytes(const Loss& loss) { return Workspace(nullptr, loss).bytes; }
+
 void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targets, const int64_t* labels,
-                        const Loss& loss, void* loc, void* conf, void* ranks, int64_t* divisors, ImageSums* scratch,
+                        const Loss& loss, void* loc, void* conf, void* ranks, int64_t* divisors, void* workspace,
                         Stream stream) {
+  const Workspace w(workspace, loss);
+  const size_t n = size_t(loss.mining.num_priors);
+  if (n == 0 || loss.mining.batch == 0) gpu::clear(w.ticket, sizeof *w.ticket, stream);  // else rank_kernel does
   gpu::dispatch(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    using C = gpu::Compute<T>;
+    using Key = decltype(radix_key(IntOf<C>{}));
+    IntOf<C>* const rank = static_cast<IntOf<C>*>(ranks);
     with_row<T>(logits.strides, loss.classes, [&](auto* suited) {
       using Row = std::remove_pointer_t<decltype(suited)>;
       gpu::launch(rank_kernel<Row>, grid_for(loss.mining, Row::kLanes), dim3(kThreads), 0, stream,
-                  static_cast<const T*>(logits.data), logits.strides, labels, loss, static_cast<Rank<T>*>(ranks));
+                  static_cast<const T*>(logits.data), logits.strides, labels, loss, rank, w.ticket);
     });
-    settle_images<gpu::Compute<T>>(deltas, targets, labels, loss, ranks, scratch, stream);
+    const size_t bare = gpu::Smem::end_of<Settling<Key>>(0, 1);
+    const bool cached = n <= gpu::kMostCachedBytes / sizeof(Key);
+    gpu::launch(cached ? settle_kernel<C, true> : settle_kernel<C, false>,
+                dim3(unsigned(max_of<int64_t>(loss.mining.batch, 1))), dim3(gpu::kSelectThreads),
+                cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, rank, labels, fours_of(deltas),
+                fours_of(targets), loss, w, divisors, Scalar{loc, deltas.dtype}, Scalar{conf, logits.dtype});
   });
-  gpu::launch(finish_kernel, dim3(1), dim3(gpu::kSelectThreads), 0, stream, scratch, loss, divisors,
-              Scalar{loc, deltas.dtype}, Scalar{conf, logits.dtype});
 }
 
 void logits_gradient_cuda(const void* grad_conf, const Rows& logits, const int64_t* labels, const void* ranks,
@@ -448,9 +533,9 @@ void logits_gradient_cuda(const void* grad_conf, const Rows& logits, const int64
                   labels, static_cast<const Rank<T>*>(ranks), divisors, loss, static_cast<T*>(gradient), strides);
     };
     if (is_class_major(strides)) {
-      go(static_cast<LogitsRow<T, 4, 8, false>*>(nullptr));
+      go(static_cast<LogitsRow<T, 4, 8>*>(nullptr));
     } else {
-      go(static_cast<LogitsRow<T, kWays, 8, false>*>(nullptr));
+      go(static_cast<LogitsRow<T, kWays, 8>*>(nullptr));
     }
   });
 }
@@ -461,8 +546,8 @@ void deltas_gradient_cuda(const void* grad_loc, const Rows& deltas, const Rows& 
   gpu::dispatch(deltas.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     gpu::launch(deltas_gradient_kernel<T>, grid_for(loss.mining, 1), dim3(kThreads), 0, stream,
-                static_cast<const gpu::Compute<T>*>(grad_loc), deltas, targets, labels, divisors, loss,
-                static_cast<T*>(gradient), strides);
+                static_cast<const gpu::Compute<T>*>(grad_loc), fours_of(deltas), fours_of(targets), labels, divisors,
+                loss, static_cast<T*>(gradient), strides);
   });
 }
 

@@ -15,6 +15,8 @@
 // is all that the backward needs beside its inputs.
 //
 // An image's losses are summed in double: prior p in partial sum p % kSums, and those as told at OrderedSum.
+#include <cstddef>
+
 #include "common/dtype.h"
 #include "mining/mining.h"
 
@@ -54,6 +56,8 @@ struct ImageSums {
   double loc, conf;
 };
 
+size_t workspace_bytes(const Loss& loss);
+
 // Outputs are contiguous, but for gradients. Labels are not checked: one that is no class makes the rank, the
 // loss and the gradient of its prior NaN.
 void multibox_loss_cuda(const Rows& logits,     // [B, P, C]
@@ -64,7 +68,7 @@ void multibox_loss_cuda(const Rows& logits,     // [B, P, C]
                         void* loc, void* conf,  // scalars; float64 where deltas, logits are, else float32
                         void* ranks,            // [B, P], int64 where logits are float64, else int32
                         int64_t* divisors,      // [B]
-                        ImageSums* scratch,     // [B]
+                        void* workspace,        // aligned to 16 bytes
                         Stream stream);
 
 void logits_gradient_cuda(const void* grad_conf,    // scalar, of the type of conf
