@@ -51,6 +51,8 @@ WIDE = {
     "nms::earlier_kernel": "LDG:C",
     "nms::sweep_kernel": "LDG:C STG:C",
     "nms::suppress_kernel": "LDG:C",
+    "multibox_loss::settle_kernel": "LDG:C",
+    "multibox_loss::deltas_gradient_kernel": "LDG:C",
     "soft_nms::soft_nms_kernel": "LDG:T STG:C",
 }
 
@@ -64,6 +66,8 @@ STREAMING = [
     ("mining::hard_negatives_kernel", "LDG", "int64", "gpu::key_of(labels[first + i]"),
     (r"multibox_loss::rank_kernel<multibox_loss::LogitsRow<\w+, \d+, (?!3)", "LDG", "T", "values[j] = is_class("),
     ("multibox_loss::settle_kernel", "LDG", "int64", "gpu::key_of(label[i]"),
+    (r"multibox_loss::logits_gradient_kernel<\w+, true", "STG", "T", "reinterpret_cast<Wide*>(to)[i]"),
+    (r"multibox_loss::deltas_gradient_kernel<\w+, true", "STG", "T", "gpu::store_four(gradient"),
 ]
 LOADS_IN_FLIGHT = 4
 

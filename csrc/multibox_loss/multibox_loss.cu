@@ -4,13 +4,17 @@
 //   85-110  half a warp a row, each logit loaded when it is needed: 1 load in flight, 423 instructions a pair of rows
 //   40      logits, background and label of a row loaded before the first is used: 7 loads in flight, 239 instructions
 //   37      exponentials without bounds, scaled in one step, where none can over- or underflow: 224 instructions
-//   Now instructions (34) and bytes (31) bind it about alike.
-//
-// settle_kernel, a block an image, as long at B = 1 as at B = 32:
+//   33      a quarter of a warp a row, so that fewer instructions surround the exponentials: 180, 12 loads in flight
+//   Now bytes (31) bind it, and instructions (27) nearly do.
+// settle_kernel, a block an image, as long at B = 1 as at B = 32.
 //   25      mining, sums and their end in launches of their own, logarithms of kept rows by 5 % of the lanes
 //   9       one launch that the last block ends; warps share out their kept rows; keys are loaded four ahead, and most
 //           images need two or three digits of them instead of four
 //   Now the instructions of one multiprocessor bind it: several blocks an image would help, which takes clusters.
+// logits_gradient_kernel, which writes 90.5 MB: 31 at least.
+//   50-58   half a warp a row, stores of 64 bytes that no sector begins with
+//   34      tiles of 64 rows are cleared 16 bytes at a time, then their few kept rows written
+//   Now bytes bind it.
 #include "multibox_loss/multibox_loss.h"
 
 #include "common/gpu_last_block.h"
@@ -91,20 +95,6 @@ class LogitsRow {
     return top;
   }
 
- private:
-  static constexpr C kNothing = -std::numeric_limits<C>::infinity();  // of a missing class: its exponential is 0
-
-  __device__ bool is_class(int j, unsigned c) const { return j < kSure || c < classes_; }
-
-  __device__ void load(unsigned first, C* values) const {
-    const int64_t stride = kWhole ? 1 : stride_;
-    int64_t at = (first + lane_) * stride;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j, at += kLanes * stride) {
-      values[j] = is_class(j, first + j * kLanes + lane_) ? C(x_[at]) : kNothing;
-    }
-  }
-
   // f(j, c, x) for the classes c of this lane, in rising order, and after the last as if missing ones followed it.
   template <class F>
   __device__ void for_each_class(const F& f) const {
@@ -121,6 +111,20 @@ class LogitsRow {
         load(first, values);
         visit(first, values);
       }
+    }
+  }
+
+ private:
+  static constexpr C kNothing = -std::numeric_limits<C>::infinity();  // of a missing class: its exponential is 0
+
+  __device__ bool is_class(int j, unsigned c) const { return j < kSure || c < classes_; }
+
+  __device__ void load(unsigned first, C* values) const {
+    const int64_t stride = kWhole ? 1 : stride_;
+    int64_t at = (first + lane_) * stride;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j, at += kLanes * stride) {
+      values[j] = is_class(j, first + j * kLanes + lane_) ? C(x_[at]) : kNothing;
     }
   }
 
@@ -413,50 +417,137 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
 
 // ---- backward ------------------------------------------------------------------------------------
 
-template <class Row>
-__global__ void __launch_bounds__(kThreads, 1)
-    logits_gradient_kernel(const typename Row::C* __restrict__ grad_conf, const typename Row::T* __restrict__ logits,
-                           Strides strides,
-                           const int64_t* __restrict__ labels,               // [B, P]
-                           const Rank<typename Row::T>* __restrict__ ranks,  // [B, P]
-                           const int64_t* __restrict__ divisors,             // [B]
-                           Loss loss, typename Row::T* __restrict__ gradient, Strides gradient_strides) {
-  using T = typename Row::T;
-  using C = typename Row::C;
-  const unsigned lane = threadIdx.x % Row::kLanes, classes = unsigned(loss.classes);
-  for_rows<Row::kLanes>(loss.mining, [&](int64_t image, unsigned prior, bool inside) {
-    const int64_t at = image * loss.mining.num_priors + prior;
-    const Rank<T> rank = ranks[at];
-    T* const to = gradient + image * gradient_strides.image + prior * gradient_strides.prior;
-    const bool kept = inside && rank != kAbsent<C>;
-    if (!__any_sync(gpu::kFullMask, kept)) {
-      for (unsigned c = lane; inside && c < classes; c += Row::kLanes) to[c * gradient_strides.last] = T(C(0));
-      return;
-    }
-    const int64_t label = labels[at];
-    const bool known = label < loss.classes;
-    const unsigned y = known && label > 0 ? unsigned(label) : 0;
-    const Row row(logits + image * strides.image + prior * strides.prior, strides.last, loss.classes);
-    const C sum = sum_of_rank<C>(rank), scale = C(double(*grad_conf) / double(divisors[image]));
-    C base = row[y], factor = scale / (1 + sum), at_label = -sum * factor;
-    if (__any_sync(gpu::kFullMask, kept && rank >= 0)) {
-      const C background = row[0], top = row.top(background), all = row.foreground(top) + exp(background - top);
-      if (rank >= 0) {
-        base = top;
-        factor = scale / all;
-        at_label = exp(row[y] - base) * factor - scale;
-      }
-    }
-    for (unsigned c = lane; inside && c < classes; c += Row::kLanes) {
-      C value = 0;
-      if (kept) value = c == y ? at_label : exp(row[c] - base) * factor;
-      if (kept && !known) value = std::numeric_limits<C>::quiet_NaN();
-      to[c * gradient_strides.last] = T(value);
-    }
-  });
+constexpr int kTileRows = 64;  // a tile of a dense gradient begins at a multiple of 16 bytes, whatever C is
+
+// Where row first + i of the rows of all images is; i < kTileRows.
+struct Place {
+  int64_t image, prior;
+};
+__device__ Place place_of(const mining::Mining& sizes, int64_t first, int i) {
+  const int64_t n = sizes.num_priors;
+  Place at{int64_t(uint64_t(first) / uint64_t(n)), i};
+  for (at.prior += first - at.image * n; at.prior >= n; at.prior -= n) ++at.image;
+  return at;
 }
 
+// A row of a tile whose loss is part of the sum, and what its gradient takes beside its logits.
+template <class C>
+struct KeptRow {
+  Place at;
+  IntOf<C> rank;
+  C scale;  // of the gradient of its loss
+  unsigned y;
+};
+
+template <class C>
+struct KeptRows {
+  KeptRow<C> row[kTileRows];
+  int count;
+};
+
+// One warp lists the kept rows of a tile.
+template <class C>
+__device__ void list_kept(int64_t first, int rows, const IntOf<C>* ranks, const int64_t* labels,
+                          const int64_t* divisors, C grad_conf, const Loss& loss, KeptRows<C>& kept) {
+  constexpr int kEach = kTileRows / gpu::kWarp;
+  const int lane = int(threadIdx.x);
+  IntOf<C> rank[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * gpu::kWarp + lane;
+    rank[j] = i < rows ? ranks[first + i] : kAbsent<C>;
+  }
+  int count = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const bool is_kept = rank[j] != kAbsent<C>;
+    const unsigned found = __ballot_sync(gpu::kFullMask, is_kept);
+    if (is_kept) {
+      const int i = j * gpu::kWarp + lane;
+      const int64_t label = labels[first + i];
+      const bool known = label < loss.classes;
+      const Place at = place_of(loss.mining, first, i);
+      const C scale = known ? C(double(grad_conf) / double(divisors[at.image])) : std::numeric_limits<C>::quiet_NaN();
+      kept.row[count + __popc(found & ((1u << lane) - 1))] = {at, rank[j], scale,
+                                                              known && label > 0 ? unsigned(label) : 0};
+    }
+    count += __popc(found);
+  }
+  if (lane == 0) kept.count = count;
+}
+
+// Writes zeros to n elements that lie side by side, the first at a multiple of 16 bytes.
 template <class T>
+__device__ void clear(T* to, int64_t n) {
+  constexpr int kEach = 16 / int(sizeof(T));
+  struct alignas(16) Wide {
+    T v[kEach];
+  };
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < n / kEach; i += kThreads) reinterpret_cast<Wide*>(to)[i] = Wide{};
+#pragma unroll 1
+  for (int64_t i = n / kEach * kEach + threadIdx.x; i < n; i += kThreads) to[i] = T(0.0f);
+}
+
+// kDense: the gradient is contiguous. 1. A warp lists the rows of the tile that are kept, while all clear it. 2. Half a
+// warp a row writes the gradients of those.
+template <class T, bool kDense>
+__global__ void __launch_bounds__(kThreads)
+    logits_gradient_kernel(const gpu::Compute<T>* __restrict__ grad_conf, const T* __restrict__ logits, Strides strides,
+                           const int64_t* __restrict__ labels,    // [B, P]
+                           const Rank<T>* __restrict__ ranks,     // [B, P]
+                           const int64_t* __restrict__ divisors,  // [B]
+                           Loss loss, T* __restrict__ gradient, Strides gradient_strides) {
+  using C = gpu::Compute<T>;
+  __shared__ KeptRows<C> kept;
+  const int64_t first = int64_t(blockIdx.x) * kTileRows, all = loss.mining.batch * loss.mining.num_priors;
+  const int rows = int(min_of<int64_t>(all - first, kTileRows));
+  if (threadIdx.x < gpu::kWarp) list_kept(first, rows, ranks, labels, divisors, *grad_conf, loss, kept);
+  if constexpr (kDense) {
+    clear(gradient + first * loss.classes, rows * loss.classes);
+  } else if (int(threadIdx.x) % kTileRows < rows) {
+    const Place at = place_of(loss.mining, first, int(threadIdx.x) % kTileRows);
+    T* const to = gradient + at.image * gradient_strides.image + at.prior * gradient_strides.prior;
+    for (int64_t c = threadIdx.x / kTileRows; c < loss.classes; c += kThreads / kTileRows) {
+      to[c * gradient_strides.last] = T(0.0f);
+    }
+  }
+  __syncthreads();  // list and zeros are written
+
+  const int lane = int(threadIdx.x) % kWays, half = int(threadIdx.x) % gpu::kWarp / kWays;
+  for (int i = int(threadIdx.x) / gpu::kWarp * 2; i < kept.count; i += kThreads / kWays) {
+    const bool inside = i + half < kept.count;  // else both halves have the same row, and one stores it
+    const KeptRow<C>& own = kept.row[inside ? i + half : i];
+    const Place at = own.at;
+    const Rank<T> rank = own.rank;
+    const C scale = own.scale;
+    const unsigned y = own.y;
+    const LogitsRow<T, kWays, 8> row(logits + at.image * strides.image + at.prior * strides.prior, strides.last,
+                                     loss.classes);
+    const C background = row[0], sum = sum_of_rank<C>(rank);
+    C base = row[y], factor = scale / (1 + sum), at_label = -sum * factor;
+    if (__any_sync(gpu::kFullMask, rank >= 0)) {
+      const C top = row.top(background), total = row.foreground(top) + exp(background - top);
+      if (rank >= 0) {
+        factor = scale / total;
+        at_label = exp(base - top) * factor - scale;
+        base = top;
+      }
+    }
+    if (!inside) continue;
+    T* const to = gradient + at.image * gradient_strides.image + at.prior * gradient_strides.prior;
+    const auto store = [&](unsigned c, C x) {
+      to[c * gradient_strides.last] = T(c == y ? at_label : exp(x - base) * factor);
+    };
+    if (lane == 0) store(0, background);
+    row.for_each_class([&](int, unsigned c, C x) {
+      if (c < unsigned(loss.classes)) store(c, x);
+    });
+  }
+}
+
+// kDense: the gradient is contiguous.
+template <class T, bool kDense>
 __global__ void __launch_bounds__(kThreads, 1)
     deltas_gradient_kernel(const gpu::Compute<T>* __restrict__ grad_loc, Fours deltas, Fours targets,
                            const int64_t* __restrict__ labels,    // [B, P]
@@ -465,22 +556,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   using C = gpu::Compute<T>;
   for_rows<1>(loss.mining, [&](int64_t image, unsigned prior, bool inside) {
     if (!inside) return;
-    T* const to = gradient + image * strides.image + prior * strides.prior;
-    const bool positive = labels[image * loss.mining.num_priors + prior] > 0;
-    double delta[4] = {}, target[4] = {};
-    if (positive) {
+    const int64_t at = image * loss.mining.num_priors + prior;
+    const double grad = double(*grad_loc), divisor = double(divisors[image]);
+    C value[4] = {};
+    if (labels[at] > 0) {
+      double delta[4], target[4];
       load_four(deltas, image, prior, delta);
       load_four(targets, image, prior, target);
+      const double scale = loss.alpha * grad / divisor;
+#pragma unroll
+      for (int d = 0; d < 4; ++d) value[d] = C(scale * smooth_l1_slope(delta[d] - target[d], loss.beta));
     }
-    for (int d = 0; d < 4; ++d) {
-      C value = 0;
-      if (positive) {
-        const double slope = smooth_l1_slope(delta[d] - target[d], loss.beta);
-        value = C(loss.alpha * double(*grad_loc) / double(divisors[image]) * slope);
-      }
-      to[d * strides.last] = T(value);
+    if constexpr (kDense) {
+      gpu::store_four(gradient, at, value[0], value[1], value[2], value[3]);
+    } else {
+      T* const to = gradient + image * strides.image + prior * strides.prior;
+#pragma unroll
+      for (int d = 0; d < 4; ++d) to[d * strides.last] = T(value[d]);
     }
   });
+}
+
+// Whether a [B, P, columns] tensor is contiguous; one that is not is dense, but of another order.
+bool is_contiguous(const mining::Mining& sizes, int64_t columns, const Strides& strides) {
+  return strides.last == 1 && strides.prior == columns && strides.image == sizes.num_priors * columns;
 }
 
 Fours fours_of(const Rows& rows) {
@@ -524,30 +623,26 @@ void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targ
 void logits_gradient_cuda(const void* grad_conf, const Rows& logits, const int64_t* labels, const void* ranks,
                           const int64_t* divisors, const Loss& loss, void* gradient, const Strides& strides,
                           Stream stream) {
+  const int64_t rows = loss.mining.batch * loss.mining.num_priors;
+  const bool dense = is_contiguous(loss.mining, loss.classes, strides);
   gpu::dispatch(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto go = [&](auto* suited) {
-      using Row = std::remove_pointer_t<decltype(suited)>;
-      gpu::launch(logits_gradient_kernel<Row>, grid_for(loss.mining, Row::kLanes), dim3(kThreads), 0, stream,
-                  static_cast<const gpu::Compute<T>*>(grad_conf), static_cast<const T*>(logits.data), logits.strides,
-                  labels, static_cast<const Rank<T>*>(ranks), divisors, loss, static_cast<T*>(gradient), strides);
-    };
-    if (is_class_major(strides)) {
-      go(static_cast<LogitsRow<T, 4, 8>*>(nullptr));
-    } else {
-      go(static_cast<LogitsRow<T, kWays, 8>*>(nullptr));
-    }
+    gpu::launch(dense ? logits_gradient_kernel<T, true> : logits_gradient_kernel<T, false>,
+                dim3(unsigned((rows + kTileRows - 1) / kTileRows)), dim3(kThreads), 0, stream,
+                static_cast<const gpu::Compute<T>*>(grad_conf), static_cast<const T*>(logits.data), logits.strides,
+                labels, static_cast<const Rank<T>*>(ranks), divisors, loss, static_cast<T*>(gradient), strides);
   });
 }
 
 void deltas_gradient_cuda(const void* grad_loc, const Rows& deltas, const Rows& targets, const int64_t* labels,
                           const int64_t* divisors, const Loss& loss, void* gradient, const Strides& strides,
                           Stream stream) {
+  const bool dense = is_contiguous(loss.mining, 4, strides);
   gpu::dispatch(deltas.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    gpu::launch(deltas_gradient_kernel<T>, grid_for(loss.mining, 1), dim3(kThreads), 0, stream,
-                static_cast<const gpu::Compute<T>*>(grad_loc), fours_of(deltas), fours_of(targets), labels, divisors,
-                loss, static_cast<T*>(gradient), strides);
+    gpu::launch(dense ? deltas_gradient_kernel<T, true> : deltas_gradient_kernel<T, false>, grid_for(loss.mining, 1),
+                dim3(kThreads), 0, stream, static_cast<const gpu::Compute<T>*>(grad_loc), fours_of(deltas),
+                fours_of(targets), labels, divisors, loss, static_cast<T*>(gradient), strides);
   });
 }
 
