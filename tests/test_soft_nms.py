@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.cases.inputs import detector_candidates
 from benchmarks.cases.soft_nms import SOFT_NMS, SOFT_NMS_PADDED
+from benchmarks.cases.spec import convert
 from ssd_ext import ops, reference
 
 # Two boxes of IoU exactly 1/2 and one apart from both.
@@ -94,6 +95,37 @@ def test_padded_holds_what_soft_nms_gives(device, generator):
         assert count == len(keep)
         assert torch.equal(padded_keep[:count], keep)
         assert torch.equal(padded_scores[:count], kept_scores)
+
+
+def _few_steps(n, generator):
+    """Candidates that a dozen boxes decay below the threshold; many scores are equal, and a few no candidates."""
+    kind = torch.randint(12, (n,), generator=generator)
+    left = (kind // 2 * 3).float()
+    boxes = torch.stack([left, torch.zeros(n), left + 2, 1.0 + kind % 2], 1)  # two kinds of IoU 1/2, six times
+    scores = torch.randint(-2, 40, (n,), generator=generator) / 40
+    return {"boxes": boxes, "scores": scores, "iou_threshold": 0.25, "sigma": 0.1, "score_threshold": 0.01}
+
+
+# The CUDA kernel: 32 lanes, 512 threads, 4 candidates of a thread in registers or 16, the others in memory.
+@pytest.mark.parametrize("n", [31, 32, 33, 511, 512, 513, 1025, 2047, 2048, 2049, 3073, 8191, 8192, 8193, 9217])
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_gives_the_cpu_result_at_every_size(n, method, dtype, gpu, generator):
+    inputs = {**convert(_few_steps(n, generator), dtype), "method": method}
+    inputs["scores"][-1] = 1.0  # the last one is taken first
+    result, expected = (gpu(ops.soft_nms_padded, inputs), ops.soft_nms_padded(**inputs))
+    assert expected[2] > 3
+    assert expected[0][0] == n - 1
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_more_boxes_than_the_kernel_counts_are_refused(gpu):
+    def call(boxes, scores):
+        return ops.soft_nms_padded(boxes.expand(2**31, 4), scores.expand(2**31))
+
+    with pytest.raises(ValueError, match="at most 2147483647 boxes on CUDA, got 2147483648"):
+        gpu(call, {"boxes": torch.zeros(1, 4), "scores": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("op", [ops.soft_nms, ops.soft_nms_padded])

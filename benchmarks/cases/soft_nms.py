@@ -112,6 +112,14 @@ def _negative_scores(g):
     return {"boxes": inputs["boxes"], "scores": inputs["scores"] - 0.5}
 
 
+def _zeros(g):
+    """Zeros of both signs, which are equal."""
+    return {
+        "boxes": random_boxes(40, g),
+        "scores": torch.tensor([0.0, -0.0]).repeat(20)[torch.randperm(40, generator=g)],
+    }
+
+
 def _case(name, make, both=True, **extra):
     arguments = {k: extra.pop(k) for k in ("iou_threshold", "sigma", "score_threshold", "method") if k in extra}
 
@@ -139,6 +147,7 @@ CASES = [
     *_case("hostile", _hostile),
     *_case("all NaN", _all_nan),
     *_case("negative scores", _negative_scores, score_threshold=-0.4),
+    *_case("zeros of both signs", _zeros, score_threshold=-1.0),
     *_case("threshold of minus infinity", _hostile, score_threshold=-math.inf),
     *_case("threshold of infinity", _hostile, score_threshold=math.inf),
     *_case("any overlap decays", _sized(_clustered, 60), iou_threshold=0.0, both=False, method="linear"),

@@ -33,6 +33,12 @@ SSD_EXT_HD V iou(const Box<V>& a, const Box<V>& b) {
   return iou_from(intersection(a, b), area(a), area(b));
 }
 
+// False only where the intersection is empty, so that the IoU is 0; false for a NaN coordinate.
+template <class V>
+SSD_EXT_HD auto may_meet(const Box<V>& a, const Box<V>& b) {
+  return (a.x1 < b.x2) & (a.x2 > b.x1) & (a.y1 < b.y2) & (a.y2 > b.y1);
+}
+
 // A ground-truth box that may be matched: finite coordinates and a positive, finite area.
 template <class T>
 SSD_EXT_HD bool is_valid(const Box<T>& b) {

@@ -29,6 +29,8 @@ Padded padded(const char* op, const Tensor& boxes, const Tensor& scores, const P
   if (scores.dim() != 1 || scores.size(0) != n) {
     raise(op, ": scores must be [", n, "] to go with ", n, " boxes, got ", shape_of(scores));
   }
+  constexpr int64_t kMost = 0x7fffffff;
+  if (is_cuda(boxes) && n > kMost) raise(op, ": at most ", kMost, " boxes on CUDA, got ", n);
   check_fraction(op, "iou_threshold", params.iou_threshold);
   if (!(params.sigma > 0)) raise(op, ": sigma must be positive, got ", params.sigma);
   if (params.score_threshold != params.score_threshold) raise(op, ": score_threshold must be a number, got nan");
