@@ -13,14 +13,14 @@ __device__ X warp_sum(X x) {
 
 // The maximum of x. One instruction from Ampere (sm_80) on; Turing exchanges lanes.
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kFullMask, x);
+#else
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const uint32_t other = __shfl_xor_sync(kFullMask, x, offset);
     x = other > x ? other : x;
   }
   return x;
-#else
-  return __reduce_max_sync(kFullMask, x);
 #endif
 }
 
