@@ -108,6 +108,21 @@ def test_both_forms_of_ragged_boxes_agree(generator, device):
         assert torch.equal(a, b)
 
 
+# The CUDA kernel: 256 priors a block, 64 ground truths at a time, 512 of an image that claim in shared memory.
+@pytest.mark.parametrize(
+    ("gts", "num_priors"), [(31, 255), (32, 256), (33, 257), (63, 31), (64, 32), (65, 33), (513, 600)]
+)
+@pytest.mark.parametrize("force", ["none", "last", "bipartite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_gives_the_cpu_result_at_every_size(gts, num_priors, force, dtype, gpu, generator):
+    boxes = [random_boxes(n, generator, 0.02, 0.2).to(dtype) for n in (2, gts, 0)]
+    labels = [torch.arange(1, len(b) + 1) for b in boxes]
+    center_size = torch.cat([torch.rand(num_priors, 2, generator=generator), torch.full((num_priors, 2), 0.1)], 1)
+    inputs = {"gt_boxes": boxes, "gt_labels": labels, "priors": center_size.to(dtype), "force": force}
+    for a, b in zip(gpu(ops.assign_targets, inputs), ops.assign_targets(**inputs), strict=True):
+        assert torch.equal(a, b)
+
+
 WRONG_OFFSETS = {
     "falls": (20, 3),
     "falls late": (280, 7),

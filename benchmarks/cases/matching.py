@@ -34,9 +34,19 @@ def _hostile(g):
     return {"gt_boxes": [boxes, boxes[2:8], boxes[8:]], "priors": _priors(50, g)}
 
 
-def _copies(g):
-    """Many equal ground truths, more than there are priors."""
-    return {"gt_boxes": [random_boxes(1, g, 0.2, 0.6).repeat(40, 1)], "priors": _priors(30, g)}
+def _copies(count, num_priors, g):
+    """Equal ground truths: all but one lose the prior that they want, again and again."""
+    return {"gt_boxes": [random_boxes(1, g, 0.2, 0.6).repeat(count, 1)], "priors": _priors(num_priors, g)}
+
+
+def _bad_priors(g):
+    """Priors of every kind of bad number among good ones, also as the first and the last of a warp and of all."""
+    priors = _priors(300, g)
+    bad = torch.tensor([math.nan, math.inf, -math.inf, -1.0, 0.0])
+    for at, value in zip((0, 31, 32, 40, 299), bad, strict=True):
+        priors[at, at % 4] = value
+    priors[64:96] = math.nan
+    return {"gt_boxes": [random_boxes(6, g, 0.1, 0.6), random_boxes(3, g, 0.1, 0.6)], "priors": priors}
 
 
 def _one_best_prior(g):
@@ -99,6 +109,8 @@ _SMALL = [
     _case("none", (3, 1, 7), 100, {"force": "none"}),
     _case("two thresholds", (5, 9), 200, {"iou_threshold": 0.5, "low_threshold": 0.2}),
     _case("some images empty", (0, 4, 0, 0, 2), 50),
+    _case("large images, some empty", (0, 9, 0, 40), 600),
+    _case("large images, some empty, last", (9, 0, 40, 0), 600, {"force": "last"}),
     _case("no ground truth at all", (0, 0), 33),
     _case("more ground truths than priors", (20,), 7),
     _case("one prior", (3, 1), 1),
@@ -108,7 +120,9 @@ _SMALL = [
     _case("one large image", (30,), 5000),
     Case("(boxes, offsets)", _ragged_pair),
     Case("hostile ground truth", _hostile),
-    Case("equal ground truths", _copies),
+    Case("equal ground truths, more than priors", lambda g: _copies(40, 30, g)),
+    Case("equal ground truths, many priors", lambda g: _copies(12, 600, g)),
+    Case("bad priors", _bad_priors),
     Case("one best prior", _one_best_prior),
     Case("one best prior, last", lambda g: {**_one_best_prior(g), "force": "last"}),
     Case("exactly at the thresholds", _exactly_at_threshold),

@@ -18,9 +18,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_kernel(const T* __restrict
   for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
     const Box<C> b = gpu::load_box(boxes, r);
     const CenterBox<C> p = gpu::load_prior(priors, r % coding.num_priors);
-    gpu::store_four(deltas, r, encode_center(b.x1, b.x2, p.cx, p.w, center),
-                    encode_center(b.y1, b.y2, p.cy, p.h, center), encode_size(b.x1, b.x2, p.w, size),
-                    encode_size(b.y1, b.y2, p.h, size));
+    const CenterBox<C> d = encode_box(b, p, center, size);
+    gpu::store_four(deltas, r, d.cx, d.cy, d.w, d.h);
   }
 }
 

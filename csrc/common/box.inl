@@ -68,6 +68,12 @@ SSD_EXT_HD V encode_size(V low, V high, V size, ScalarOf<V> variance) {
   return log((high - low) / size) / variance;
 }
 template <class V>
+SSD_EXT_HD CenterBox<V> encode_box(const Box<V>& box, const CenterBox<V>& prior, ScalarOf<V> center, ScalarOf<V> size) {
+  return {encode_center(box.x1, box.x2, prior.cx, prior.w, center),
+          encode_center(box.y1, box.y2, prior.cy, prior.h, center), encode_size(box.x1, box.x2, prior.w, size),
+          encode_size(box.y1, box.y2, prior.h, size)};
+}
+template <class V>
 SSD_EXT_HD V decode_center(V delta, V center, V size, ScalarOf<V> variance) {
   return center + delta * variance * size;
 }

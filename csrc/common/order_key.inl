@@ -33,6 +33,16 @@ SSD_EXT_HD IntOf<V> order_key_nan_least(V x) {
   return detail::order_key(x, std::numeric_limits<IntOf<ScalarOf<V>>>::min());
 }
 
+// The float of a key, but 0 for -0 and -0 for a NaN that was the least.
+template <class V>
+SSD_EXT_HD V from_order_key(IntOf<V> key) {
+  using Unsigned = std::make_unsigned_t<IntOf<V>>;
+  constexpr Unsigned sign = Unsigned(1) << (8 * sizeof(V) - 1);
+  return bit_cast<V>(key < 0 ? sign | (Unsigned(0) - Unsigned(key)) : Unsigned(key));
+}
+
 // A key as the unsigned integer of the same order, for radix digits.
 SSD_EXT_HD uint32_t radix_key(int32_t key) { return uint32_t(key) ^ 0x80000000u; }
 SSD_EXT_HD uint64_t radix_key(int64_t key) { return uint64_t(key) ^ 0x8000000000000000u; }
+SSD_EXT_HD int32_t from_radix_key(uint32_t key) { return int32_t(key ^ 0x80000000u); }
+SSD_EXT_HD int64_t from_radix_key(uint64_t key) { return int64_t(key ^ 0x8000000000000000u); }

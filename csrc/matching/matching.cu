@@ -1,6 +1,19 @@
+// One launch matches a batch. Microseconds for SSD300 at B = 32 and at B = 1, predicted for an H100 from the
+// instructions of sm_90; nothing is measured yet.
+//
+// 1. A kernel for the thresholds, with five shuffles for the best of a warp's priors, then one with a block for each
+//    image for the forced matches, which had one load in flight: 12 and 8.5.
+// 2. This one: the last block of an image goes on with its forced matches, five loads in flight; the best of a warp
+//    by __reduce_max_sync: 8.5 and 5.5, of which 2 are the memset that clears the tickets.
+//
+// What binds it: at B = 32 instructions, 450 for the 32 priors of a warp, half of which do not depend on how many
+// priors there are: two priors a lane would share them. At B = 1 a chain of latencies: offsets, ground truths, fence
+// and ticket, tiles, claims, checks.
 #include "matching/matching.h"
 
 #include "common/gpu.h"
+#include "common/gpu_last_block.h"
+#include "common/gpu_warp.h"
 
 namespace ssd_ext::matching {
 namespace {
@@ -10,14 +23,13 @@ constexpr int kWarps = kThreads / gpu::kWarp;
 constexpr int kGtTile = 64;    // ground truths in shared memory at a time
 constexpr int32_t kFree = -1;  // the owner of a prior that no ground truth has claimed
 
-// A ground truth's best prior so far; iou < 0: none. Aligned to be read and written in one access.
+// A prior and its IoU with a ground truth; iou < 0: none. Aligned to be read and written in one access, and without
+// padding.
 template <class C>
 struct alignas(2 * sizeof(C)) Best {
   C iou;
-  int32_t prior;
+  IntOf<C> prior;
 };
-
-SSD_EXT_HD int64_t tiles_of(const Sizes& sizes) { return (sizes.priors + kThreads - 1) / kThreads; }
 
 // The higher IoU, the lower prior among equals.
 template <class C>
@@ -35,10 +47,13 @@ __device__ __forceinline__ Best<C> best_of_lanes(Best<C> best) {
   return best;
 }
 
-// Scratch memory of one call; none is needed without force. Tile t of an image covers priors
-// t * kThreads .. (t + 1) * kThreads.
+// Tile t of an image covers priors t * kThreads .. (t + 1) * kThreads; a block matches one tile.
+SSD_EXT_HD unsigned tiles_of(const Sizes& sizes) { return unsigned((sizes.priors + kThreads - 1) / kThreads); }
+
+// Scratch memory of one call; none is needed without force.
 template <class C>
 struct Workspace {
+  unsigned* tickets;   // [B] of the image's blocks, 0 before the launch
   Best<C>* tile_best;  // [tiles, G] the best prior within a tile
   Best<C>* wanted;     // [G] the prior that a ground truth claims
   int32_t* owner;      // [B, P] the ground truth of the image that holds a prior, or kFree
@@ -47,6 +62,7 @@ struct Workspace {
   Workspace(void* base, const Sizes& sizes, Force force) {
     gpu::Scratch scratch{base};
     const int64_t forced = force == Force::none ? 0 : 1;
+    tickets = scratch.take<unsigned>(forced * sizes.images);
     tile_best = scratch.take<Best<C>>(forced * tiles_of(sizes) * sizes.gts);
     wanted = scratch.take<Best<C>>(forced * sizes.gts);
     owner = scratch.take<int32_t>(forced * sizes.images * sizes.priors);
@@ -57,138 +73,128 @@ struct Workspace {
 // Rows of image b, for all threads of a block to call together. From the first offset that falls or
 // leaves 0 .. total on, images have no rows: so none leads out of bounds, and no two images share a row.
 struct Rows {
-  int64_t begin, count;
+  int64_t begin;
+  int32_t count;
 };
 __device__ __forceinline__ Rows rows_of(const int64_t* __restrict__ offsets, int64_t b, int64_t total) {
   const int64_t begin = offsets[b], end = offsets[b + 1];
-  bool bad = offsets[0] < 0 || end > total;
+  bool bad = false;
 #pragma unroll 1  // unrolled, it would hold twice the registers for a loop that rarely comes round
-  for (int64_t i = threadIdx.x; i <= b; i += kThreads) bad |= offsets[i + 1] < offsets[i];
-  if (__syncthreads_or(bad)) return {0, 0};
-  return {begin, end - begin};
+  for (int64_t i = threadIdx.x; i <= b; i += kThreads) {
+    const int64_t offset = offsets[i], next = offsets[i + 1];
+    bad |= offset < 0 || next < offset;
+  }
+  if (__syncthreads_or(bad || end > total)) return {0, 0};
+  return {begin, int32_t(end - begin)};
 }
 
-// The bounding box of a warp's boxes. A NaN corner leaves it alone: such a box has IoU 0 with everything.
+// Writes the outputs of one image.
+template <class T>
+struct Writer {
+  using C = gpu::Compute<T>;
+  const T* gt_boxes;         // [G, 4]
+  const int64_t* gt_labels;  // [G] or nullptr
+  const T* priors;           // [P, 4]
+  const Outputs& out;
+  const Rule& rule;
+  int64_t first_gt, first_row;  // of the image
+
+  __device__ __forceinline__ void matched(int64_t p, int32_t j) const {
+    const int64_t row = first_row + p;
+    if (out.matches) {
+      out.matches[row] = j;
+      return;
+    }
+    const CenterBox<C> d =
+        encode_box(gpu::load_box(gt_boxes, first_gt + j), gpu::load_prior(priors, p), C(rule.center), C(rule.size));
+    out.labels[row] = gt_labels[first_gt + j];
+    gpu::store_four(static_cast<T*>(out.deltas), row, d.cx, d.cy, d.w, d.h);
+  }
+
+  __device__ __forceinline__ void unmatched(int64_t p, bool ignored) const {
+    const int64_t row = first_row + p;
+    if (out.matches) {
+      out.matches[row] = ignored ? kIgnore : kBackground;
+    } else {
+      out.labels[row] = ignored ? -1 : 0;
+      gpu::store_four(static_cast<T*>(out.deltas), row, C(0), C(0), C(0), C(0));
+    }
+  }
+};
+
+// ---- matching by threshold, one prior a lane -----------------------------------------------------
+
+// Some ground truths of an image, in shared memory.
 template <class C>
-__device__ __forceinline__ Box<C> bounds_of_warp(const Box<C>& box, bool counts) {
-  const C inf = std::numeric_limits<C>::infinity();
-  Box<C> all{inf, inf, -inf, -inf};
-  if (counts) all = {min_of(box.x1, inf), min_of(box.y1, inf), max_of(box.x2, -inf), max_of(box.y2, -inf)};
-  for (int d = gpu::kWarp / 2; d > 0; d /= 2) {
-    all = {min_of(all.x1, __shfl_xor_sync(gpu::kFullMask, all.x1, d)),
-           min_of(all.y1, __shfl_xor_sync(gpu::kFullMask, all.y1, d)),
-           max_of(all.x2, __shfl_xor_sync(gpu::kFullMask, all.x2, d)),
-           max_of(all.y2, __shfl_xor_sync(gpu::kFullMask, all.y2, d))};
-  }
-  return all;
+struct GtTile {
+  Box<C> boxes[kGtTile];
+  C areas[kGtTile];  // -1: not a valid box
+};
+
+template <class T, class C>
+__device__ __forceinline__ void load_ground_truth(GtTile<C>& gts, const T* __restrict__ gt_boxes, int64_t first,
+                                                  int n) {
+  const int k = threadIdx.x;
+  if (k >= n) return;
+  const Box<C> box = gpu::load_box(gt_boxes, first + k);
+  gts.boxes[k] = box;
+  gts.areas[k] = is_valid(box) ? area(box) : C(-1);
 }
 
-template <class T>
-__device__ __forceinline__ void write_matched(const Outputs& out, const T* __restrict__ gt_boxes,
-                                              const int64_t* __restrict__ gt_labels, const T* __restrict__ priors,
-                                              const Rule& rule, int64_t row, int64_t p, const Rows& rows, int64_t j) {
-  using C = gpu::Compute<T>;
-  if (out.matches) {
-    out.matches[row] = j;
-    return;
-  }
-  const Box<C> b = gpu::load_box(gt_boxes, rows.begin + j);
-  const CenterBox<C> c = gpu::load_prior(priors, p);
-  const C center = C(rule.center), size = C(rule.size);
-  out.labels[row] = gt_labels[rows.begin + j];
-  gpu::store_four(static_cast<T*>(out.deltas), row, encode_center(b.x1, b.x2, c.cx, c.w, center),
-                  encode_center(b.y1, b.y2, c.cy, c.h, center), encode_size(b.x1, b.x2, c.w, size),
-                  encode_size(b.y1, b.y2, c.h, size));
+// The bounding box of the boxes of a warp. A NaN corner does not extend it: such a box has IoU 0 with everything.
+template <class C>
+__device__ __forceinline__ Box<C> bounds_of_warp(const Box<C>& box) {
+  const auto most = [](C x) {
+    return from_order_key<C>(from_radix_key(gpu::warp_max(radix_key(order_key_nan_least(x)))));
+  };
+  return {-most(-box.x1), -most(-box.y1), most(box.x2), most(box.y2)};
 }
 
-// One thread a prior: its best ground truth by threshold, and each ground truth's best prior of the tile.
-// A warp compares its priors only with the ground truths that overlap their bounding box; with the
-// others the IoU is 0.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    threshold_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
-                     const int64_t* __restrict__ gt_labels,  // [G] or nullptr
-                     const int64_t* __restrict__ offsets,    // [B + 1]
-                     const T* __restrict__ priors,           // [P, 4]
-                     Outputs out, Sizes sizes, Rule rule, Workspace<gpu::Compute<T>> work) {
-  using C = gpu::Compute<T>;
-  __shared__ Box<C> s_box[kGtTile];
-  __shared__ C s_area[kGtTile];  // -1: not a valid box
-  __shared__ Best<C> s_best[kWarps][kGtTile];
-  const bool forced = rule.force != Force::none;
-  const int tid = threadIdx.x, lane = tid % gpu::kWarp, warp = tid / gpu::kWarp;
-  const int64_t tiles = tiles_of(sizes), b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t p = tile * kThreads + tid, row = b * sizes.priors + p;
-  const int64_t first = p - lane;  // of the warp's priors
-  const bool inside = p < sizes.priors;
-  const Rows rows = rows_of(offsets, b, sizes.gts);
-  const CenterBox<C> none{C(0), C(0), C(0), C(0)};  // IoU 0 with everything, as the last of its warp: never the best
-  const Box<C> prior = to_corners(inside ? gpu::load_prior(priors, p) : none);
-  const C prior_area = area(prior);
-  const Box<C> bounds = bounds_of_warp(prior, inside);
+// A lane's prior and the best ground truth found for it.
+template <class C>
+struct Prior {
+  Box<C> box;
+  C area;
+  C iou = C(-1);  // with its match
+  int32_t match = 0;
 
-  C best = C(-1);
-  int64_t match = kBackground;
-  for (int64_t j0 = 0; j0 < rows.count; j0 += kGtTile) {
-    const int n = int(rows.count - j0 < kGtTile ? rows.count - j0 : kGtTile);
-    if (tid < n) {
-      const Box<C> box = gpu::load_box(gt_boxes, rows.begin + j0 + tid);
-      s_box[tid] = box;
-      s_area[tid] = is_valid(box) ? area(box) : C(-1);
-    }
-    __syncthreads();  // the tile is loaded before anybody reads it, and the last round's bests are read
-    for (int k0 = 0; k0 < n; k0 += gpu::kWarp) {
-      const int mine = k0 + lane;  // the ground truth that this lane keeps the books of
-      bool valid = false, near = false;
-      if (mine < n && s_area[mine] > C(0)) {
-        const Box<C> box = s_box[mine];
-        valid = true;
-        near = box.x1 < bounds.x2 && box.x2 > bounds.x1 && box.y1 < bounds.y2 && box.y2 > bounds.y1;
-      }
-      const unsigned all_valid = __ballot_sync(gpu::kFullMask, valid);
-      if (best < C(0) && all_valid) {
-        best = C(0);
-        match = j0 + k0 + __ffs(int(all_valid)) - 1;
-      }
-      Best<C> top{valid && first < sizes.priors ? C(0) : C(-1), int32_t(first)};
-      for (unsigned left = __ballot_sync(gpu::kFullMask, near); left; left &= left - 1) {
-        const int bit = __ffs(int(left)) - 1, j = k0 + bit;
-        const C value = iou_from(intersection(s_box[j], prior), s_area[j], prior_area);
-        if (value > best) {
-          best = value;
-          match = j0 + j;
-        }
-        if (!forced) continue;
-        C most = value;
-        for (int d = gpu::kWarp / 2; d > 0; d /= 2) most = max_of(most, __shfl_xor_sync(gpu::kFullMask, most, d));
-        const unsigned holders = __ballot_sync(gpu::kFullMask, value == most);
-        if (lane == bit) top = {most, int32_t(first) + __ffs(int(holders)) - 1};  // the lowest prior of equals
-      }
-      if (forced && mine < n) s_best[warp][mine] = top;
-    }
-    __syncthreads();  // all warps' bests are in, and the tile is read
-    if (forced && tid < n) {
-      Best<C> of_tile = s_best[0][tid];
-      for (int w = 1; w < kWarps; ++w) {
-        if (s_best[w][tid].iou > of_tile.iou) of_tile = s_best[w][tid];
-      }
-      work.tile_best[tile * sizes.gts + rows.begin + j0 + tid] = of_tile;
-    }
+  __device__ explicit Prior(const Box<C>& b) : box(b), area(ssd_ext::area(b)) {}
+};
+
+// Compares the priors of a warp, the first of them being `first`, with ground truths k0 .. k0 + 31 of a tile whose
+// first is the image's j0-th: each lane improves its prior's match and returns the best of the warp's priors for
+// ground truth k0 + lane, which without `forced` nobody wants to know. Only ground truths that overlap the priors'
+// bounding box are looked at; with the others the IoU is 0.
+template <class C>
+__device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, int32_t j0, int64_t first,
+                                           const Box<C>& bounds, bool forced, Prior<C>& prior) {
+  const int lane = threadIdx.x % gpu::kWarp, k = k0 + lane;
+  const bool valid = k < n && gts.areas[k] > C(0);
+  const unsigned all_valid = __ballot_sync(gpu::kFullMask, valid);
+  // The first valid ground truth is the match of a prior that overlaps none: at IoU 0, which a threshold of 0 takes.
+  if (prior.iou < C(0) && all_valid) {
+    prior.iou = C(0);
+    prior.match = j0 + k0 + __ffs(int(all_valid)) - 1;
   }
-  if (!inside) return;
-  if (forced) work.owner[row] = kFree;
-  if (best >= C(rule.iou_threshold)) {
-    write_matched(out, gt_boxes, gt_labels, priors, rule, row, p, rows, match);
-    return;
+  Best<C> best{valid ? C(0) : C(-1), int32_t(first)};  // the first prior, if all have IoU 0
+  const bool near = valid && may_meet(gts.boxes[k], bounds);
+  for (unsigned left = __ballot_sync(gpu::kFullMask, near); left; left &= left - 1) {
+    const int bit = __ffs(int(left)) - 1, one = k0 + bit;
+    const C iou = iou_from(intersection(gts.boxes[one], prior.box), gts.areas[one], prior.area);
+    if (iou > prior.iou) {
+      prior.iou = iou;
+      prior.match = j0 + one;
+    }
+    if (!forced) continue;
+    const auto bits = bit_cast<std::make_unsigned_t<IntOf<C>>>(iou);  // of the same order: iou is at least +0
+    const auto most = gpu::warp_max(bits);
+    const unsigned holders = __ballot_sync(gpu::kFullMask, bits == most);
+    if (lane == bit) best = {bit_cast<C>(most), int32_t(first) + __ffs(int(holders)) - 1};  // the lowest of equals
   }
-  const bool ignored = best >= C(rule.low_threshold);
-  if (out.matches) {
-    out.matches[row] = ignored ? kIgnore : kBackground;
-  } else {
-    out.labels[row] = ignored ? -1 : 0;
-    gpu::store_four(static_cast<T*>(out.deltas), row, C(0), C(0), C(0), C(0));
-  }
+  return best;
 }
+
+// ---- forced matches, one block an image ------------------------------------------------------------
 
 // Does ground truth j, whose IoU with a prior is `iou`, take it from its owner?
 template <class C>
@@ -197,7 +203,97 @@ __device__ __forceinline__ bool takes(Force force, C iou, int32_t j, C owner_iou
   return iou > owner_iou || (iou == owner_iou && j < owner);
 }
 
-// One block an image: ground truths claim priors, over what threshold_kernel has written.
+// How the ground truths of an image claim priors. Other blocks have written tile_best and owner.
+template <class C>
+struct Claims {
+  Force force;
+  int32_t count;  // ground truths of the image
+  unsigned tiles;
+  int64_t gts;               // of all images
+  const Best<C>* tile_best;  // [tiles, count], rows `gts` apart
+  Best<C>* wanted;           // [count]
+  int32_t* owner;            // [P]
+
+  // Each ground truth wants its best prior, that of its best tile.
+  __device__ __forceinline__ void want_best() const {
+    constexpr int kParts = 8;   // lanes that share the tiles of a ground truth
+    constexpr int kAtOnce = 5;  // tiles that a lane has in flight: the 35 of SSD300 in one round
+    const int part = threadIdx.x % kParts;
+    for (int32_t j0 = 0; j0 < count; j0 += kThreads / kParts) {
+      const int32_t j = j0 + int(threadIdx.x) / kParts;
+      Best<C> best{C(-1), 0};
+      for (unsigned t0 = part; t0 - part < tiles; t0 += kParts * kAtOnce) {
+        Best<C> some[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const unsigned t = t0 + i * kParts;
+          some[i] = j < count && t < tiles ? gpu::load_written(&tile_best[t * gts + j]) : Best<C>{C(-1), 0};
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (some[i].iou > best.iou) best = some[i];
+        }
+      }
+      best = best_of_lanes<kParts>(best);
+      if (j < count && part == 0) wanted[j] = best;
+    }
+  }
+
+  // Each ground truth claims the prior that it wants; of several that claim one, the strongest holds it in the end.
+  // `wanted` does not change meanwhile, so that whoever holds a prior, its IoU is there to be compared.
+  __device__ __forceinline__ void claim() const {
+    for (int32_t j = threadIdx.x; j < count; j += kThreads) {
+      const Best<C> own = wanted[j];
+      if (own.iou < C(0)) continue;
+      int32_t seen = kFree, held;
+      while ((held = atomicCAS(&owner[own.prior], seen, j)) != seen &&
+             takes(force, own.iou, j, wanted[held].iou, held)) {
+        seen = held;
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool holds(int32_t j, const Best<C>& own) const {
+    return gpu::load_written(&owner[own.prior]) == j;
+  }
+
+  // Has a ground truth lost the prior that it wanted?
+  __device__ __forceinline__ bool lost(int32_t j) const {
+    const Best<C> own = wanted[j];
+    return own.iou >= C(0) && !holds(j, own);
+  }
+
+  // The best prior that ground truth j can take, for a warp to call. A tile's best prior stands for the tile; only if
+  // that cannot be taken, the tile is searched.
+  template <class T>
+  __device__ __forceinline__ Best<C> next_best(int32_t j, const Box<C>& box, const T* __restrict__ priors,
+                                               int64_t num_priors) const {
+    const int lane = threadIdx.x % gpu::kWarp;
+    Best<C> found{C(-1), 0};
+    const auto offer = [&](const Best<C>& one) {
+      const int32_t held = gpu::load_written(&owner[one.prior]);
+      if (held != kFree && !takes(force, one.iou, j, wanted[held].iou, held)) return false;
+      found = better_of(found, one);
+      return true;
+    };
+    for (unsigned t0 = 0; t0 < tiles; t0 += gpu::kWarp) {
+      const unsigned t = t0 + lane;
+      const bool refused = t < tiles && !offer(gpu::load_written(&tile_best[t * gts + j]));
+      for (unsigned left = __ballot_sync(gpu::kFullMask, refused); left; left &= left - 1) {
+        const int64_t begin = int64_t(t0 + __ffs(int(left)) - 1) * kThreads;
+        for (int64_t q = begin + lane; q < begin + kThreads && q < num_priors; q += gpu::kWarp) {
+          offer({iou(box, to_corners(gpu::load_prior(priors, q))), int32_t(q)});
+        }
+      }
+    }
+    return best_of_lanes<gpu::kWarp>(found);
+  }
+};
+
+// ---- the kernel ------------------------------------------------------------------------------------
+
+// A block for each tile of priors of each image. The last one to finish of an image lets its ground truths claim
+// priors, over what all have written.
 //
 // Under `bipartite`, ground truths that lose the prior they want claim the next best that they can take,
 // all of them at once, until nobody loses. Pairs are ranked in one order (IoU, prior, ground truth) that
@@ -205,88 +301,86 @@ __device__ __forceinline__ bool takes(Force force, C iou, int32_t j, C owner_iou
 // what joining the best pair of all, then the best of the rest, and so on would give.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    force_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
+    match_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
                  const int64_t* __restrict__ gt_labels,  // [G] or nullptr
                  const int64_t* __restrict__ offsets,    // [B + 1]
                  const T* __restrict__ priors,           // [P, 4]
                  Outputs out, Sizes sizes, Rule rule, Workspace<gpu::Compute<T>> work) {
   using C = gpu::Compute<T>;
+  __shared__ GtTile<C> gts;
+  __shared__ Best<C> best_of_warps[kWarps][kGtTile];
+  const bool forced = rule.force != Force::none;
   const int tid = threadIdx.x, lane = tid % gpu::kWarp, warp = tid / gpu::kWarp;
-  const int64_t b = blockIdx.x, tiles = tiles_of(sizes);
+  const unsigned tiles = tiles_of(sizes), b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t p = int64_t(tile) * kThreads + tid, first = p - lane, last = sizes.priors - 1;
+
+  // 1. The priors of this warp, and the ground truths of this image. Lanes after the last prior repeat it.
+  const CenterBox<C> center = gpu::load_prior(priors, p < last ? p : last);
   const Rows rows = rows_of(offsets, b, sizes.gts);
-  const int32_t count = int32_t(rows.count);
-  const Best<C>* tile_best = work.tile_best + rows.begin;  // [tiles, count], rows sizes.gts apart
-  Best<C>* wanted = work.wanted + rows.begin;              // [count]
-  int32_t* owner = work.owner + b * sizes.priors;          // [P]
+  Prior<C> prior(to_corners(center));
+  const Writer<T> write{gt_boxes, gt_labels, priors, out, rule, rows.begin, b * sizes.priors};
+  const Box<C> bounds = bounds_of_warp(prior.box);
 
-  constexpr int kParts = 8;  // lanes that share the tiles of a ground truth
-  for (int32_t j0 = 0; j0 < count; j0 += kThreads / kParts) {
-    const int32_t j = j0 + tid / kParts;
-    Best<C> top{C(-1), 0};
-    for (int64_t t = tid % kParts; j < count && t < tiles; t += kParts) {
-      const Best<C> other = tile_best[t * sizes.gts + j];
-      if (other.iou > top.iou) top = other;
+  // 2. The best ground truth of each prior, and the best prior of this tile for each ground truth.
+  for (int32_t j0 = 0; j0 < rows.count; j0 += kGtTile) {
+    const int n = rows.count - j0 < kGtTile ? rows.count - j0 : kGtTile;
+    load_ground_truth(gts, gt_boxes, rows.begin + j0, n);
+    __syncthreads();  // the ground truths are loaded, and the last round's bests are read
+    for (int k0 = 0; k0 < n; k0 += gpu::kWarp) {
+      const Best<C> best = compare(gts, k0, n, j0, first, bounds, forced, prior);
+      if (forced && k0 + lane < n) best_of_warps[warp][k0 + lane] = best;
     }
-    top = best_of_lanes<kParts>(top);
-    if (j < count && tid % kParts == 0) wanted[j] = top;
-  }
-  __syncthreads();  // a claim reads what its rivals want
-
-  for (;;) {
-    for (int32_t j = tid; j < count; j += kThreads) {
-      const Best<C> mine = wanted[j];
-      if (mine.iou < C(0)) continue;
-      int32_t seen = kFree, held;
-      while ((held = atomicCAS(&owner[mine.prior], seen, j)) != seen &&
-             takes(rule.force, mine.iou, j, wanted[held].iou, held)) {
-        seen = held;
+    __syncthreads();  // the bests of all warps are written, and the ground truths are read
+    if (forced && tid < n) {
+      Best<C> best = best_of_warps[0][tid];
+      for (int w = 1; w < kWarps; ++w) {
+        if (best_of_warps[w][tid].iou > best.iou) best = best_of_warps[w][tid];
       }
+      work.tile_best[tile * sizes.gts + rows.begin + j0 + tid] = best;
     }
+  }
+
+  // 3. The thresholds decide.
+  if (p <= last) {
+    if (forced) work.owner[b * sizes.priors + p] = kFree;
+    if (prior.iou >= C(rule.iou_threshold)) {
+      write.matched(p, prior.match);
+    } else {
+      write.unmatched(p, prior.iou >= C(rule.low_threshold));
+    }
+  }
+  if (!forced || rows.count == 0) return;
+
+  // 4. The image's last block: ground truths claim priors until none has lost the one that it wants.
+  if (!gpu::is_last_block(&work.tickets[b], tiles)) return;
+  constexpr int kShared = kWarps * kGtTile;
+  const Claims<C> claims{rule.force,
+                         rows.count,
+                         tiles,
+                         sizes.gts,
+                         work.tile_best + rows.begin,
+                         rows.count <= kShared ? best_of_warps[0] : work.wanted + rows.begin,
+                         work.owner + b * sizes.priors};
+  claims.want_best();
+  __syncthreads();  // a claim reads what its rivals want
+  for (;;) {
+    claims.claim();
     __syncthreads();  // all claims are settled
     if (rule.force == Force::last) break;
     bool lost = false;
-    for (int32_t j = tid; j < count; j += kThreads) {
-      lost |= wanted[j].iou >= C(0) && owner[wanted[j].prior] != j;
-    }
+    for (int32_t j = tid; j < rows.count; j += kThreads) lost |= claims.lost(j);
     if (!__syncthreads_or(lost)) break;
-
-    // A warp for each loser. A tile's best prior stands for its tile; if it cannot be taken, the tile is searched.
-    for (int32_t j = warp; j < count; j += kWarps) {
-      if (wanted[j].iou < C(0) || owner[wanted[j].prior] == j) continue;  // the same for the whole warp
-      Best<C> found{C(-1), 0};
-      const auto offer = [&](C value, int32_t q) {
-        const int32_t held = owner[q];
-        if (held != kFree && !takes(rule.force, value, j, wanted[held].iou, held)) return false;
-        found = better_of(found, {value, q});
-        return true;
-      };
-      const Box<C> box = gpu::load_box(gt_boxes, rows.begin + j);
-      for (int64_t t0 = 0; t0 < tiles; t0 += gpu::kWarp) {
-        const int64_t t = t0 + lane;
-        bool refused = false;
-        if (t < tiles) {
-          const Best<C> of_tile = tile_best[t * sizes.gts + j];
-          refused = !offer(of_tile.iou, of_tile.prior);
-        }
-        for (unsigned left = __ballot_sync(gpu::kFullMask, refused); left; left &= left - 1) {
-          const int64_t begin = (t0 + __ffs(int(left)) - 1) * kThreads;
-          for (int64_t q = begin + lane; q < begin + kThreads && q < sizes.priors; q += gpu::kWarp) {
-            offer(iou(box, to_corners(gpu::load_prior(priors, q))), int32_t(q));
-          }
-        }
-      }
-      found = best_of_lanes<gpu::kWarp>(found);
+    for (int32_t j = warp; j < rows.count; j += kWarps) {
+      if (!claims.lost(j)) continue;  // the same for the whole warp
+      const Best<C> next = claims.next_best(j, gpu::load_box(gt_boxes, rows.begin + j), priors, sizes.priors);
       __syncwarp();  // every lane has read wanted[j] before it changes
-      if (lane == 0) wanted[j] = found;
+      if (lane == 0) claims.wanted[j] = next;
     }
     __syncthreads();  // all searches are over before the next claims
   }
-
-  for (int32_t j = tid; j < count; j += kThreads) {
-    const Best<C> mine = wanted[j];
-    if (mine.iou >= C(0) && owner[mine.prior] == j) {
-      write_matched(out, gt_boxes, gt_labels, priors, rule, b * sizes.priors + mine.prior, mine.prior, rows, j);
-    }
+  for (int32_t j = tid; j < rows.count; j += kThreads) {
+    const Best<C> own = claims.wanted[j];
+    if (own.iou >= C(0) && claims.holds(j, own)) write.matched(own.prior, j);
   }
 }
 
@@ -302,12 +396,10 @@ void match_cuda(DType dtype, const void* gt_boxes, const int64_t* gt_labels, con
   gpu::dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Workspace<gpu::Compute<T>> work(workspace, sizes, rule.force);
-    const T *boxes = static_cast<const T*>(gt_boxes), *prior_rows = static_cast<const T*>(priors);
-    gpu::launch(threshold_kernel<T>, dim3(unsigned(tiles_of(sizes) * sizes.images)), dim3(kThreads), 0, stream, boxes,
-                gt_labels, offsets, prior_rows, out, sizes, rule, work);
-    if (rule.force == Force::none || sizes.gts == 0) return;
-    gpu::launch(force_kernel<T>, dim3(unsigned(sizes.images)), dim3(kThreads), 0, stream, boxes, gt_labels, offsets,
-                prior_rows, out, sizes, rule, work);
+    if (rule.force != Force::none) gpu::clear(work.tickets, sizes.images * sizeof(unsigned), stream);
+    gpu::launch(match_kernel<T>, dim3(unsigned(tiles_of(sizes) * sizes.images)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(gt_boxes), gt_labels, offsets, static_cast<const T*>(priors), out, sizes, rule,
+                work);
   });
 }
 

@@ -108,13 +108,9 @@ struct Writer {
       matches[p] = j;
       return;
     }
-    const Box<T> b = box_at(gt.rows, j);
-    const CenterBox<T> c = prior_at(priors, p);
     labels[p] = gt.labels[j];
-    deltas[4 * p] = encode_center(b.x1, b.x2, c.cx, c.w, T(rule.center));
-    deltas[4 * p + 1] = encode_center(b.y1, b.y2, c.cy, c.h, T(rule.center));
-    deltas[4 * p + 2] = encode_size(b.x1, b.x2, c.w, T(rule.size));
-    deltas[4 * p + 3] = encode_size(b.y1, b.y2, c.h, T(rule.size));
+    const CenterBox<T> d = encode_box(box_at(gt.rows, j), prior_at(priors, p), T(rule.center), T(rule.size));
+    memcpy(deltas + 4 * p, &d, sizeof d);
   }
 };
 
@@ -148,8 +144,7 @@ void match_blocks(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const 
     }
     for (int64_t j0 = 0; j0 < n; j0 += kLanes<T>) {
       const Box<V> some = load_boxes(gt.columns, j0);
-      unsigned near =
-          mask_bits((some.x1 < bounds.x2) & (some.x2 > bounds.x1) & (some.y1 < bounds.y2) & (some.y2 > bounds.y1));
+      unsigned near = mask_bits(may_meet(some, bounds));
       if (n - j0 < kLanes<T>) near &= (1u << (n - j0)) - 1;
       for (; near; near &= near - 1) {
         const int64_t j = j0 + __builtin_ctz(near);
