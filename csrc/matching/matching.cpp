@@ -46,12 +46,13 @@ Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, cons
   if (priors.size(0) > most) raise(op, ": at most ", most, " priors, got ", priors.size(0));
   if (gts > most) raise(op, ": at most ", most, " ground truths, got ", gts);
   if (images > most) raise(op, ": at most ", most, " images, got ", images);
+  const Force claims = gts > 0 ? static_cast<Force>(force) : Force::none;  // nobody is there to claim a prior
   return {op,
           gt_boxes,
           offsets,
           priors,
           gt_labels,
-          {iou_threshold, low_threshold, static_cast<Force>(force), variances[0], variances[1]},
+          {iou_threshold, low_threshold, claims, variances[0], variances[1]},
           {images, priors.size(0), gts}};
 }
 
@@ -89,11 +90,12 @@ std::tuple<Tensor, Tensor> run(const Call& call) {
   if (call.sizes.images == 0 || call.sizes.priors == 0)
     return {index, targets ? as_dtype_of(deltas, call.gt_boxes) : deltas};
   if (cuda) {
-    [[maybe_unused]] Tensor scratch;
-    SSD_EXT_CUDA_CALL(scratch = byte_workspace(boxes, workspace_bytes(dtype_of(boxes), call.sizes, call.rule.force)));
+    std::optional<Tensor> scratch;
+    SSD_EXT_CUDA_CALL(const size_t bytes = workspace_bytes(dtype_of(boxes), call.sizes, call.rule.force));
+    SSD_EXT_CUDA_CALL(scratch = bytes > 0 ? std::optional(byte_workspace(boxes, bytes)) : std::nullopt);
     SSD_EXT_CUDA_CALL(match_cuda(dtype_of(boxes), boxes.const_data_ptr(), gt_labels, offsets.const_data_ptr<int64_t>(),
-                                 priors.const_data_ptr(), outputs, call.sizes, call.rule, scratch.mutable_data_ptr(),
-                                 launch->stream));
+                                 priors.const_data_ptr(), outputs, call.sizes, call.rule,
+                                 scratch ? scratch->mutable_data_ptr() : nullptr, launch->stream));
     return {index, deltas};
   }
   dispatch_compute(boxes, [&](auto zero) {

@@ -84,7 +84,8 @@ __device__ __forceinline__ Rows rows_of(const int64_t* __restrict__ offsets, int
     const int64_t offset = offsets[i], next = offsets[i + 1];
     bad |= offset < 0 || next < offset;
   }
-  if (__syncthreads_or(bad || end > total)) return {0, 0};
+  bad |= end > total;
+  if (__syncthreads_or(bad)) return {0, 0};
   return {begin, int32_t(end - begin)};
 }
 
@@ -161,10 +162,10 @@ struct Prior {
   __device__ explicit Prior(const Box<C>& b) : box(b), area(ssd_ext::area(b)) {}
 };
 
-// Compares the priors of a warp, the first of them being `first`, with ground truths k0 .. k0 + 31 of a tile whose
-// first is the image's j0-th: each lane improves its prior's match and returns the best of the warp's priors for
-// ground truth k0 + lane, which without `forced` nobody wants to know. Only ground truths that overlap the priors'
-// bounding box are looked at; with the others the IoU is 0.
+// Compares the priors of a warp, from `first` on, with ground truths k0 .. k0 + 31 of a tile that begins with the
+// image's j0-th. Each lane updates the match of its prior and returns the best of the warp's priors for ground truth
+// k0 + lane, which is only right if `forced`. Ground truths that do not meet the bounding box of the priors are
+// skipped: their IoU with each of them is 0.
 template <class C>
 __device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, int32_t j0, int64_t first,
                                            const Box<C>& bounds, bool forced, Prior<C>& prior) {
@@ -203,13 +204,14 @@ __device__ __forceinline__ bool takes(Force force, C iou, int32_t j, C owner_iou
   return iou > owner_iou || (iou == owner_iou && j < owner);
 }
 
-// How the ground truths of an image claim priors. Other blocks have written tile_best and owner.
+// How the ground truths of an image claim priors. `tile_best` and `owner` come from all its blocks, so they are read
+// by load_written().
 template <class C>
 struct Claims {
   Force force;
-  int32_t count;  // ground truths of the image
-  unsigned tiles;
-  int64_t gts;               // of all images
+  int32_t count;             // ground truths of the image
+  int64_t gts;               // and of all images
+  unsigned tiles;            // of the image's priors
   const Best<C>* tile_best;  // [tiles, count], rows `gts` apart
   Best<C>* wanted;           // [count]
   int32_t* owner;            // [P]
@@ -264,7 +266,7 @@ struct Claims {
   }
 
   // The best prior that ground truth j can take, for a warp to call. A tile's best prior stands for the tile; only if
-  // that cannot be taken, the tile is searched.
+  // that cannot be taken, the tile is searched. What an owner wants does not change meanwhile, for it has not lost.
   template <class T>
   __device__ __forceinline__ Best<C> next_best(int32_t j, const Box<C>& box, const T* __restrict__ priors,
                                                int64_t num_priors) const {
@@ -314,7 +316,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const unsigned tiles = tiles_of(sizes), b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t p = int64_t(tile) * kThreads + tid, first = p - lane, last = sizes.priors - 1;
 
-  // 1. The priors of this warp, and the ground truths of this image. Lanes after the last prior repeat it.
+  // 1. The priors of this warp, and the ground truths of this image. Lanes after the last prior repeat it: they tie
+  // with it, and the lowest lane wins.
   const CenterBox<C> center = gpu::load_prior(priors, p < last ? p : last);
   const Rows rows = rows_of(offsets, b, sizes.gts);
   Prior<C> prior(to_corners(center));
@@ -356,8 +359,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kShared = kWarps * kGtTile;
   const Claims<C> claims{rule.force,
                          rows.count,
-                         tiles,
                          sizes.gts,
+                         tiles,
                          work.tile_best + rows.begin,
                          rows.count <= kShared ? best_of_warps[0] : work.wanted + rows.begin,
                          work.owner + b * sizes.priors};

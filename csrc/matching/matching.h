@@ -44,7 +44,7 @@ struct Outputs {
   void* deltas;      // [B, P, 4] encoded ground truth, 0 where not matched
 };
 
-size_t workspace_bytes(DType dtype, const Sizes& sizes, Force force);
+size_t workspace_bytes(DType dtype, const Sizes& sizes, Force force);  // 0 without force
 
 void match_cuda(DType dtype, const void* gt_boxes,  // [G, 4] corners
                 const int64_t* gt_labels,           // [G], or nullptr when only matches are wanted
