@@ -108,10 +108,12 @@ def test_both_forms_of_ragged_boxes_agree(generator, device):
         assert torch.equal(a, b)
 
 
-# The CUDA kernel: 256 priors a block, 64 ground truths at a time, 512 of an image that claim in shared memory.
-@pytest.mark.parametrize(
-    ("gts", "num_priors"), [(31, 255), (32, 256), (33, 257), (63, 31), (64, 32), (65, 33), (513, 600)]
-)
+# The CUDA kernel: 64 priors a warp, 512 a block; 32 and 64 ground truths at a time, 512 of an image that claim in
+# shared memory.
+SIZES = [(31, 511), (32, 512), (33, 513), (63, 31), (64, 32), (65, 33), (5, 63), (5, 64), (5, 65), (513, 1100)]
+
+
+@pytest.mark.parametrize(("gts", "num_priors"), SIZES)
 @pytest.mark.parametrize("force", ["none", "last", "bipartite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cuda_gives_the_cpu_result_at_every_size(gts, num_priors, force, dtype, gpu, generator):

@@ -41,11 +41,11 @@ def _copies(count, num_priors, g):
 
 def _bad_priors(g):
     """Priors of every kind of bad number among good ones, also as the first and the last of a warp and of all."""
-    priors = _priors(300, g)
+    priors = _priors(600, g)
     bad = torch.tensor([math.nan, math.inf, -math.inf, -1.0, 0.0])
-    for at, value in zip((0, 31, 32, 40, 299), bad, strict=True):
+    for at, value in zip((0, 63, 64, 100, 599), bad, strict=True):
         priors[at, at % 4] = value
-    priors[64:96] = math.nan
+    priors[128:192] = math.nan
     return {"gt_boxes": [random_boxes(6, g, 0.1, 0.6), random_boxes(3, g, 0.1, 0.6)], "priors": priors}
 
 
@@ -109,8 +109,8 @@ _SMALL = [
     _case("none", (3, 1, 7), 100, {"force": "none"}),
     _case("two thresholds", (5, 9), 200, {"iou_threshold": 0.5, "low_threshold": 0.2}),
     _case("some images empty", (0, 4, 0, 0, 2), 50),
-    _case("large images, some empty", (0, 9, 0, 40), 600),
-    _case("large images, some empty, last", (9, 0, 40, 0), 600, {"force": "last"}),
+    _case("large images, some empty", (0, 9, 0, 40), 1100),
+    _case("large images, some empty, last", (9, 0, 40, 0), 1100, {"force": "last"}),
     _case("no ground truth at all", (0, 0), 33),
     _case("more ground truths than priors", (20,), 7),
     _case("one prior", (3, 1), 1),
@@ -121,7 +121,7 @@ _SMALL = [
     Case("(boxes, offsets)", _ragged_pair),
     Case("hostile ground truth", _hostile),
     Case("equal ground truths, more than priors", lambda g: _copies(40, 30, g)),
-    Case("equal ground truths, many priors", lambda g: _copies(12, 600, g)),
+    Case("equal ground truths, many priors", lambda g: _copies(12, 1100, g)),
     Case("bad priors", _bad_priors),
     Case("one best prior", _one_best_prior),
     Case("one best prior, last", lambda g: {**_one_best_prior(g), "force": "last"}),

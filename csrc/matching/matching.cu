@@ -1,14 +1,14 @@
 // One launch matches a batch. Microseconds for SSD300 at B = 32 and at B = 1, predicted for an H100 from the
 // instructions of sm_90; nothing is measured yet.
 //
-// 1. A kernel for the thresholds, with five shuffles for the best of a warp's priors, then one with a block for each
-//    image for the forced matches, which had one load in flight: 12 and 8.5.
-// 2. This one: the last block of an image goes on with its forced matches, five loads in flight; the best of a warp
-//    by __reduce_max_sync: 8.5 and 5.5, of which 2 are the memset that clears the tickets.
+// 1. A kernel for the thresholds, a prior a lane, with five shuffles for the best of a warp's priors; then one with a
+//    block for each image for the forced matches, one load in flight: 12 and 8.5.
+// 2. One kernel: the last block of an image goes on with its forced matches, six loads in flight, after a memset that
+//    clears the tickets; the best of a warp by __reduce_max_sync: 9 and 5.5.
+// 3. This one, two priors a lane, which share what does not depend on the prior: 8 and 5.5.
 //
-// What binds it: at B = 32 instructions, 450 for the 32 priors of a warp, half of which do not depend on how many
-// priors there are: two priors a lane would share them. At B = 1 a chain of latencies: offsets, ground truths, fence
-// and ticket, tiles, claims, checks.
+// What binds it: at B = 32 instructions, 680 for the 64 priors of a warp; at B = 1 a chain of latencies: memset,
+// offsets, ground truths, fence and ticket, tiles, claims, checks.
 #include "matching/matching.h"
 
 #include "common/gpu.h"
@@ -20,8 +20,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / gpu::kWarp;
-constexpr int kGtTile = 64;    // ground truths in shared memory at a time
-constexpr int32_t kFree = -1;  // the owner of a prior that no ground truth has claimed
+constexpr int kEach = 2;                       // priors of a lane
+constexpr int kWarpTile = kEach * gpu::kWarp;  // priors of a warp: lane l has l, l + 32, ... of them
+constexpr int kTile = kEach * kThreads;        // priors of a block
+constexpr int kGtTile = 64;                    // ground truths in shared memory at a time
+constexpr int32_t kFree = -1;                  // the owner of a prior that no ground truth has claimed
 
 // A prior and its IoU with a ground truth; iou < 0: none. Aligned to be read and written in one access, and without
 // padding.
@@ -47,8 +50,8 @@ __device__ __forceinline__ Best<C> best_of_lanes(Best<C> best) {
   return best;
 }
 
-// Tile t of an image covers priors t * kThreads .. (t + 1) * kThreads; a block matches one tile.
-SSD_EXT_HD unsigned tiles_of(const Sizes& sizes) { return unsigned((sizes.priors + kThreads - 1) / kThreads); }
+// Tile t of an image covers priors t * kTile .. (t + 1) * kTile; a block matches one tile.
+SSD_EXT_HD unsigned tiles_of(const Sizes& sizes) { return unsigned((sizes.priors + kTile - 1) / kTile); }
 
 // Scratch memory of one call; none is needed without force.
 template <class C>
@@ -123,7 +126,7 @@ struct Writer {
   }
 };
 
-// ---- matching by threshold, one prior a lane -----------------------------------------------------
+// ---- matching by threshold, a few priors a lane ----------------------------------------------------
 
 // Some ground truths of an image, in shared memory.
 template <class C>
@@ -142,55 +145,70 @@ __device__ __forceinline__ void load_ground_truth(GtTile<C>& gts, const T* __res
   gts.areas[k] = is_valid(box) ? area(box) : C(-1);
 }
 
-// The bounding box of the boxes of a warp. A NaN corner does not extend it: such a box has IoU 0 with everything.
-template <class C>
-__device__ __forceinline__ Box<C> bounds_of_warp(const Box<C>& box) {
-  const auto most = [](C x) {
-    return from_order_key<C>(from_radix_key(gpu::warp_max(radix_key(order_key_nan_least(x)))));
-  };
-  return {-most(-box.x1), -most(-box.y1), most(box.x2), most(box.y2)};
-}
-
-// A lane's prior and the best ground truth found for it.
+// A prior of a lane and the best ground truth found for it.
 template <class C>
 struct Prior {
   Box<C> box;
   C area;
-  C iou = C(-1);  // with its match
-  int32_t match = 0;
-
-  __device__ explicit Prior(const Box<C>& b) : box(b), area(ssd_ext::area(b)) {}
+  C iou;  // with its match; -1: there is none yet
+  int32_t match;
 };
 
+// The bounding box of a warp's priors. A NaN corner does not extend it: such a box has IoU 0 with everything.
+template <class C>
+__device__ __forceinline__ Box<C> bounds_of_warp(const Prior<C> (&priors)[kEach]) {
+  const C inf = std::numeric_limits<C>::infinity();
+  Box<C> all{inf, inf, -inf, -inf};
+  for (const Prior<C>& p : priors) {
+    all = {min_of(p.box.x1, all.x1), min_of(p.box.y1, all.y1), max_of(p.box.x2, all.x2), max_of(p.box.y2, all.y2)};
+  }
+  const auto most = [](C x) {
+    return from_order_key<C>(from_radix_key(gpu::warp_max(radix_key(order_key_nan_least(x)))));
+  };
+  return {-most(-all.x1), -most(-all.y1), most(all.x2), most(all.y2)};
+}
+
 // Compares the priors of a warp, from `first` on, with ground truths k0 .. k0 + 31 of a tile that begins with the
-// image's j0-th. Each lane updates the match of its prior and returns the best of the warp's priors for ground truth
-// k0 + lane, which is only right if `forced`. Ground truths that do not meet the bounding box of the priors are
+// image's j0-th. Each lane updates the matches of its priors and returns the best of the warp's priors for ground
+// truth k0 + lane, which is only right if `forced`. Ground truths that do not meet the bounding box of the priors are
 // skipped: their IoU with each of them is 0.
 template <class C>
 __device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, int32_t j0, int64_t first,
-                                           const Box<C>& bounds, bool forced, Prior<C>& prior) {
+                                           const Box<C>& bounds, bool forced, Prior<C> (&priors)[kEach]) {
   const int lane = threadIdx.x % gpu::kWarp, k = k0 + lane;
   const bool valid = k < n && gts.areas[k] > C(0);
   const unsigned all_valid = __ballot_sync(gpu::kFullMask, valid);
   // The first valid ground truth is the match of a prior that overlaps none: at IoU 0, which a threshold of 0 takes.
-  if (prior.iou < C(0) && all_valid) {
-    prior.iou = C(0);
-    prior.match = j0 + k0 + __ffs(int(all_valid)) - 1;
+  for (Prior<C>& prior : priors) {
+    if (prior.iou < C(0) && all_valid) {
+      prior.iou = C(0);
+      prior.match = j0 + k0 + __ffs(int(all_valid)) - 1;
+    }
   }
   Best<C> best{valid ? C(0) : C(-1), int32_t(first)};  // the first prior, if all have IoU 0
   const bool near = valid && may_meet(gts.boxes[k], bounds);
   for (unsigned left = __ballot_sync(gpu::kFullMask, near); left; left &= left - 1) {
     const int bit = __ffs(int(left)) - 1, one = k0 + bit;
-    const C iou = iou_from(intersection(gts.boxes[one], prior.box), gts.areas[one], prior.area);
-    if (iou > prior.iou) {
-      prior.iou = iou;
-      prior.match = j0 + one;
+    using Bits = std::make_unsigned_t<IntOf<C>>;
+    Bits bits[kEach], most = 0;  // of the IoU, and in the same order, as it is at least +0
+    for (int i = 0; i < kEach; ++i) {
+      Prior<C>& prior = priors[i];
+      const C iou = iou_from(intersection(gts.boxes[one], prior.box), gts.areas[one], prior.area);
+      if (iou > prior.iou) {
+        prior.iou = iou;
+        prior.match = j0 + one;
+      }
+      bits[i] = bit_cast<Bits>(iou);
+      most = bits[i] > most ? bits[i] : most;
     }
     if (!forced) continue;
-    const auto bits = bit_cast<std::make_unsigned_t<IntOf<C>>>(iou);  // of the same order: iou is at least +0
-    const auto most = gpu::warp_max(bits);
-    const unsigned holders = __ballot_sync(gpu::kFullMask, bits == most);
-    if (lane == bit) best = {bit_cast<C>(most), int32_t(first) + __ffs(int(holders)) - 1};  // the lowest of equals
+    most = gpu::warp_max(most);
+    int lowest = 0;  // of the priors that have it
+    for (int i = kEach - 1; i >= 0; --i) {
+      const unsigned holders = __ballot_sync(gpu::kFullMask, bits[i] == most);
+      if (holders) lowest = i * gpu::kWarp + __ffs(int(holders)) - 1;
+    }
+    if (lane == bit) best = {bit_cast<C>(most), int32_t(first) + lowest};
   }
   return best;
 }
@@ -219,7 +237,7 @@ struct Claims {
   // Each ground truth wants its best prior, that of its best tile.
   __device__ __forceinline__ void want_best() const {
     constexpr int kParts = 8;   // lanes that share the tiles of a ground truth
-    constexpr int kAtOnce = 5;  // tiles that a lane has in flight: the 35 of SSD300 in one round
+    constexpr int kAtOnce = 6;  // tiles that a lane has in flight: the 18 of SSD300 and the 48 of SSD512 in one round
     const int part = threadIdx.x % kParts;
     for (int32_t j0 = 0; j0 < count; j0 += kThreads / kParts) {
       const int32_t j = j0 + int(threadIdx.x) / kParts;
@@ -282,8 +300,8 @@ struct Claims {
       const unsigned t = t0 + lane;
       const bool refused = t < tiles && !offer(gpu::load_written(&tile_best[t * gts + j]));
       for (unsigned left = __ballot_sync(gpu::kFullMask, refused); left; left &= left - 1) {
-        const int64_t begin = int64_t(t0 + __ffs(int(left)) - 1) * kThreads;
-        for (int64_t q = begin + lane; q < begin + kThreads && q < num_priors; q += gpu::kWarp) {
+        const int64_t begin = int64_t(t0 + __ffs(int(left)) - 1) * kTile;
+        for (int64_t q = begin + lane; q < begin + kTile && q < num_priors; q += gpu::kWarp) {
           offer({iou(box, to_corners(gpu::load_prior(priors, q))), int32_t(q)});
         }
       }
@@ -314,15 +332,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool forced = rule.force != Force::none;
   const int tid = threadIdx.x, lane = tid % gpu::kWarp, warp = tid / gpu::kWarp;
   const unsigned tiles = tiles_of(sizes), b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t p = int64_t(tile) * kThreads + tid, first = p - lane, last = sizes.priors - 1;
+  const int64_t first = int64_t(tile) * kTile + warp * kWarpTile, last = sizes.priors - 1;
+  const auto prior_at = [&](int i) { return first + i * gpu::kWarp + lane; };  // a lane's i-th
 
   // 1. The priors of this warp, and the ground truths of this image. Lanes after the last prior repeat it: they tie
-  // with it, and the lowest lane wins.
-  const CenterBox<C> center = gpu::load_prior(priors, p < last ? p : last);
+  // with it, and the lowest index wins.
+  CenterBox<C> centers[kEach];
+  for (int i = 0; i < kEach; ++i) centers[i] = gpu::load_prior(priors, prior_at(i) < last ? prior_at(i) : last);
   const Rows rows = rows_of(offsets, b, sizes.gts);
-  Prior<C> prior(to_corners(center));
+  Prior<C> own[kEach];
+  for (int i = 0; i < kEach; ++i) {
+    const Box<C> box = to_corners(centers[i]);
+    own[i] = {box, area(box), C(-1), 0};
+  }
+  const Box<C> bounds = bounds_of_warp(own);
   const Writer<T> write{gt_boxes, gt_labels, priors, out, rule, rows.begin, b * sizes.priors};
-  const Box<C> bounds = bounds_of_warp(prior.box);
 
   // 2. The best ground truth of each prior, and the best prior of this tile for each ground truth.
   for (int32_t j0 = 0; j0 < rows.count; j0 += kGtTile) {
@@ -330,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_ground_truth(gts, gt_boxes, rows.begin + j0, n);
     __syncthreads();  // the ground truths are loaded, and the last round's bests are read
     for (int k0 = 0; k0 < n; k0 += gpu::kWarp) {
-      const Best<C> best = compare(gts, k0, n, j0, first, bounds, forced, prior);
+      const Best<C> best = compare(gts, k0, n, j0, first, bounds, forced, own);
       if (forced && k0 + lane < n) best_of_warps[warp][k0 + lane] = best;
     }
     __syncthreads();  // the bests of all warps are written, and the ground truths are read
@@ -344,12 +368,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // 3. The thresholds decide.
-  if (p <= last) {
+  for (int i = 0; i < kEach; ++i) {
+    const int64_t p = prior_at(i);
+    if (p > last) break;
     if (forced) work.owner[b * sizes.priors + p] = kFree;
-    if (prior.iou >= C(rule.iou_threshold)) {
-      write.matched(p, prior.match);
+    if (own[i].iou >= C(rule.iou_threshold)) {
+      write.matched(p, own[i].match);
     } else {
-      write.unmatched(p, prior.iou >= C(rule.low_threshold));
+      write.unmatched(p, own[i].iou >= C(rule.low_threshold));
     }
   }
   if (!forced || rows.count == 0) return;
@@ -382,8 +408,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // all searches are over before the next claims
   }
   for (int32_t j = tid; j < rows.count; j += kThreads) {
-    const Best<C> own = claims.wanted[j];
-    if (own.iou >= C(0) && claims.holds(j, own)) write.matched(own.prior, j);
+    const Best<C> won = claims.wanted[j];
+    if (won.iou >= C(0) && claims.holds(j, won)) write.matched(won.prior, j);
   }
 }
 
