@@ -284,25 +284,42 @@ struct Claims {
   }
 
   // The best prior that ground truth j can take, for a warp to call. A tile's best prior stands for the tile; only if
-  // that cannot be taken, the tile is searched. What an owner wants does not change meanwhile, for it has not lost.
+  // that cannot be taken, and nothing better is found elsewhere, the tile is searched. What an owner wants does not
+  // change meanwhile, for it has not lost.
   template <class T>
   __device__ __forceinline__ Best<C> next_best(int32_t j, const Box<C>& box, const T* __restrict__ priors,
                                                int64_t num_priors) const {
+    constexpr int kAtOnce = 4;  // priors that a lane has in flight
     const int lane = threadIdx.x % gpu::kWarp;
     Best<C> found{C(-1), 0};
-    const auto offer = [&](const Best<C>& one) {
-      const int32_t held = gpu::load_written(&owner[one.prior]);
+    const auto offer = [&](const Best<C>& one, int32_t held) {
       if (held != kFree && !takes(force, one.iou, j, wanted[held].iou, held)) return false;
       found = better_of(found, one);
       return true;
     };
     for (unsigned t0 = 0; t0 < tiles; t0 += gpu::kWarp) {
-      const unsigned t = t0 + lane;
-      const bool refused = t < tiles && !offer(gpu::load_written(&tile_best[t * gts + j]));
+      bool refused = false;
+      Best<C> of_tile{};
+      if (t0 + lane < tiles) {
+        of_tile = gpu::load_written(&tile_best[(t0 + lane) * gts + j]);
+        refused = !offer(of_tile, gpu::load_written(&owner[of_tile.prior]));
+      }
       for (unsigned left = __ballot_sync(gpu::kFullMask, refused); left; left &= left - 1) {
-        const int64_t begin = int64_t(t0 + __ffs(int(left)) - 1) * kTile;
-        for (int64_t q = begin + lane; q < begin + kTile && q < num_priors; q += gpu::kWarp) {
-          offer({iou(box, to_corners(gpu::load_prior(priors, q))), int32_t(q)});
+        const int bit = __ffs(int(left)) - 1;
+        const C most = __shfl_sync(gpu::kFullMask, of_tile.iou, bit);
+        if (__any_sync(gpu::kFullMask, found.iou > most)) continue;  // nothing in this tile is better
+        const int64_t begin = int64_t(t0 + bit) * kTile;
+        for (int64_t q0 = begin + lane; q0 < begin + kTile; q0 += kAtOnce * gpu::kWarp) {
+          const auto q = [&](int i) { return q0 + i * gpu::kWarp < num_priors ? q0 + i * gpu::kWarp : num_priors - 1; };
+          CenterBox<C> some[kAtOnce];
+          int32_t held[kAtOnce];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            some[i] = gpu::load_prior(priors, q(i));
+            held[i] = gpu::load_written(&owner[q(i)]);
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) offer({iou(box, to_corners(some[i])), int32_t(q(i))}, held[i]);
         }
       }
     }
