@@ -5,9 +5,9 @@
 // 2. This one: up to 8,192 candidates in registers, 512 threads, the best of a warp by two __reduce_max_sync, and
 //    no IoU for boxes that lie apart: 600, or 460 where neighbours in index are neighbours in the image.
 //
-// What binds it: one multiprocessor issues 60 instructions a warp to find the best, and for each candidate 15 or,
-// with the IoU, 50. With fewer warps the latency of a step shows (reduction, barrier, reduction, box, quotient:
-// 500 clocks). To take several boxes that lie apart in one step would share both among them.
+// What binds it: one multiprocessor issues 60 instructions a warp to find the best, and 15 for each candidate, 50
+// with the IoU. Fewer warps would find it sooner, but show the latency of a step (reduction, barrier, reduction, box,
+// quotient: 500 clocks).
 #include "soft_nms/soft_nms.h"
 
 #include "common/gpu.h"
@@ -39,7 +39,7 @@ struct List {
     bytes = scratch.bytes;
   }
 
-  static __device__ uint32_t position(uint32_t k) { return k * blockDim.x + threadIdx.x; }  // of a thread's k-th
+  static __device__ uint32_t position(int k) { return k * blockDim.x + threadIdx.x; }  // of a thread's k-th
 };
 
 // Fills the list and returns its length. Each warp goes twice through a run of consecutive boxes: it counts its
@@ -93,7 +93,7 @@ struct Rule {
 template <class C>
 struct Best {
   C score = kGone<C>;
-  uint32_t k = 0;
+  int k = 0;
 };
 
 // kCount candidates of a thread in registers, its `first`-th and those after it.
@@ -102,7 +102,7 @@ struct Candidates {
   Box<C> boxes[kCount];
   C scores[kCount];
 
-  __device__ __forceinline__ void load(const List<C>& list, uint32_t size, uint32_t first) {
+  __device__ __forceinline__ void load(const List<C>& list, uint32_t size, int first) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32_t p = list.position(first + i);
@@ -111,7 +111,7 @@ struct Candidates {
     }
   }
 
-  __device__ __forceinline__ void store_scores(const List<C>& list, uint32_t size, uint32_t first) const {
+  __device__ __forceinline__ void store_scores(const List<C>& list, uint32_t size, int first) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32_t p = list.position(first + i);
@@ -121,8 +121,7 @@ struct Candidates {
 
   // Lowers the scores by a taken box and offers what is left to `best`. No thread has more than `most` candidates.
   template <class Rule>
-  __device__ __forceinline__ void decay(const Rule& rule, const Box<C>& taken, uint32_t most, uint32_t first,
-                                        Best<C>& best) {
+  __device__ __forceinline__ void decay(const Rule& rule, const Box<C>& taken, int most, int first, Best<C>& best) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (first + i >= most) break;
@@ -133,7 +132,7 @@ struct Candidates {
   }
 
   // Removes the thread's k-th candidate, if it is one of these; the first of them is the thread's first.
-  __device__ __forceinline__ void remove(uint32_t k) {
+  __device__ __forceinline__ void remove(int k) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) scores[i] = i == k ? kGone<C> : scores[i];
   }
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(const T* __restri
   const Rule<C, kMethod> rule(params);
   const auto threshold = key_of(C(params.score_threshold));
   const uint32_t size = list_candidates(boxes, scores, n, rule.floor, list, counts);
-  const uint32_t most = (size + blockDim.x - 1) / blockDim.x;
+  const int most = int((size + blockDim.x - 1) / blockDim.x);
   Candidates<C, kInRegisters> resident;
   resident.load(list, size, 0);
 
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(const T* __restri
     // 1. The box of the last step lowers all scores.
     Best<C> best;
     resident.decay(rule, box, most, 0, best);
-    for (uint32_t first = kInRegisters; first < most; first += kRead) {
+    for (int first = kInRegisters; first < most; first += kRead) {
       Candidates<C, kRead> others;
       others.load(list, size, first);
       others.decay(rule, box, most, first, best);
