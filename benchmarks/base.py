@@ -3,23 +3,31 @@
 Two builds cannot share a process: each registers the torch library ``ssd_ext`` and the Python package of that
 name. So each has a process of its own (worker.py), both alike, and this one only makes the inputs, once for both, and
 asks one of them at a time while the other sleeps at its pipe. Turns alternate (A B A B) as those of ``run.py``'s
-contenders, by the same code. Two things could let the one that sleeps disturb:
+contenders, by the same code. What would make the comparison unfair:
 
 - OpenMP's threads spin after a parallel region, for milliseconds by default. With ``SPIN_BRIEFLY`` they sleep before
   the first call of the other's turn is over, which is not counted. (``OMP_WAIT_POLICY=passive`` would do it too, but
   add the waking of threads, 0.1 ms, to every call.)
 - On a GPU each process has a context, between which the device switches only while both have work. They never have:
   a turn ends with a synchronisation.
+- CPUs differ by what else runs on them and beside them, so all processes have the same CPUs, as many as threads.
+- Where memory happens to lie can make a process faster by a tenth than another of the same build, for as long as it
+  lives. So there are ``PAIRS`` of processes, and the ratio is the median of theirs. Where their range holds 1, no
+  difference has been measured.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +38,11 @@ from benchmarks import report
 from benchmarks.cases.spec import Case, Inputs, Op, convert
 from benchmarks.measure import SEED, Plan, figures
 from benchmarks.record import ROOT
-from benchmarks.timing import Turn, alternate
+from benchmarks.timing import Turn, alternate, joined
 from benchmarks.worker import Outputs
 
-SPIN_BRIEFLY = {
-    "GOMP_SPINCOUNT": "10000",
-    "KMP_BLOCKTIME": "1",
-}  # of GNU's runtime; milliseconds, of LLVM's and Intel's
+PAIRS = 3
+SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # GNU's runtime; LLVM's and Intel's, milliseconds
 
 
 class DiedError(Exception):
@@ -54,40 +60,61 @@ class RaisedError(Exception):
 class Side:
     """One build of ssd_ext, imported from ``folder`` by a process of its own, which works only while it is asked."""
 
-    def __init__(self, name: str, folder: Path, device: str, threads: int, flush_l2: bool):
+    def __init__(self, name: str, folder: Path, *start: Any):
         self.name = name
+        self._package = (folder / "ssd_ext").resolve()
         command = [sys.executable, ROOT / "benchmarks" / "worker.py", folder]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=SPIN_BRIEFLY | os.environ, **pipes)
-        try:
-            self.info = self.ask("start", device, threads, flush_l2)
-            if Path(self.info["package"]) != (folder / "ssd_ext").resolve():
-                raise RaisedError(f"imported {self.info['package']} in place of {folder / 'ssd_ext'}")
-        except BaseException:
-            self.close()
-            raise
+        self._send("start", *start)  # ready() waits for the answer: several start at the same time
 
-    def __enter__(self):
-        return self
+    def ready(self) -> None:
+        """Wait until the package has been imported."""
+        self.info = self._receive()
+        if Path(self.info["package"]) != self._package:
+            raise RaisedError(f"imported {self.info['package']} in place of {self._package}")
 
-    def __exit__(self, *_):
-        self.close()
+    def close(self) -> None:
+        self._process.kill()  # it holds nothing that must be saved
+        self._process.communicate()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What a method of the other process's Worker returns."""
-        try:
+        self._send(method, *arguments)
+        return self._receive()
+
+    def _send(self, method: str, *arguments: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # _receive() finds that the process has ended
             pickle.dump((method, arguments), self._process.stdin, pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
+
+    def _receive(self) -> Any:
+        try:
             status, value = pickle.load(self._process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        except (EOFError, pickle.UnpicklingError):
             raise DiedError(f"the process of {self.name} ended with status {self._process.wait()}") from None
         if status != "done":
             raise RaisedError(value, refused=status == "refused")
         return value
 
-    def close(self) -> None:
-        self._process.kill()  # it holds nothing that must be saved
-        self._process.communicate()
+
+Pair = tuple[Side, Side]  # the old build and the new one
+
+
+@contextlib.contextmanager
+def pairs_of(old: tuple[str, Path], new: tuple[str, Path], device: str, *more: Any) -> Iterator[list[Pair]]:
+    """Processes of both builds, each a name and the folder of the package; they end with the block."""
+    count = 1 if device == "emulated" else PAIRS  # nothing is timed there
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for _ in range(count):
+            sides = [Side(*build, device, *more) for build in (old, new)]
+            for side in sides:
+                stack.callback(side.close)
+            pairs.append(tuple(sides))
+        for side in itertools.chain(*pairs):
+            side.ready()
+        yield pairs
 
 
 class TurnsOfSides:
@@ -124,24 +151,32 @@ def cases_of(op: Op, device: str, quick: bool) -> Iterator[tuple[Case, bool]]:
         yield Case("full size", op.full_size or (lambda g: op.scaling(2)), dtypes=(torch.float32,)), False
 
 
-def compare(op: Op, case: Case, timed: bool, old: Side, new: Side, plan: Plan, found: Found) -> None:
-    """Compare both sides on one case, in all its dtypes, then time them; the findings are added to ``found``."""
+def compare(op: Op, case: Case, timed: bool, pairs: list[Pair], plan: Plan, found: Found) -> None:
+    """Compare both builds on one case, in all its dtypes, then time them; the findings are added to ``found``."""
     made = case.make(torch.Generator().manual_seed(SEED))
-    comparable = [compare_bits(op, case, dtype, convert(made, dtype), old, new, found) for dtype in case.dtypes]
-    if not timed or not all(comparable):
-        return
-    for side in (old, new):
+    comparable = [compare_bits(op, case, dtype, convert(made, dtype), pairs[0], found) for dtype in case.dtypes]
+    if timed and all(comparable):
+        found.timings.append({"case": case.name, **time(op, case, made, pairs, plan)})
+
+
+def time(op: Op, case: Case, made: Inputs, pairs: list[Pair], plan: Plan) -> dict[str, Any]:
+    """The figures of both builds over all pairs, and how many times faster the new is in each."""
+    sides = dict(enumerate(itertools.chain(*pairs)))  # the old ones are even
+    for side in sides.values():
         side.ask("prepare", op.name, made, op.differentiable if case.backward else ())
-    turns = {"old": lambda: old.ask("turn"), "new": lambda: new.ask("turn")}
-    rows = {name: figures(t) for name, t in alternate(turns, TurnsOfSides(), plan.seconds, plan.rounds).items()}
-    found.timings.append({"case": case.name, **rows, "ratio": rows["old"]["median_ms"] / rows["new"]["median_ms"]})
+    turns = {i: partial(side.ask, "turn") for i, side in sides.items()}
+    timings = list(alternate(turns, TurnsOfSides(), plan.seconds, plan.rounds).values())
+    old, new = timings[::2], timings[1::2]
+    ratios = [a.median / b.median for a, b in zip(old, new, strict=True)]
+    rows = {"old": figures(joined(old)), "new": figures(joined(new))}
+    return rows | {"ratio": statistics.median(ratios), "ratios": ratios}
 
 
-def compare_bits(op: Op, case: Case, dtype: torch.dtype, inputs: Inputs, old: Side, new: Side, found: Found) -> bool:
+def compare_bits(op: Op, case: Case, dtype: torch.dtype, inputs: Inputs, pair: Pair, found: Found) -> bool:
     """One comparison, of all outputs and gradients; false where one of the builds does not give them."""
     where = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
     gave: list[Outputs | RaisedError] = []
-    for side in (old, new):
+    for side in pair:
         try:
             gave.append(side.ask("outputs", op.name, inputs, op.differentiable))
         except RaisedError as raised:
@@ -191,12 +226,11 @@ def difference(old: Tensor, new: Tensor) -> str | None:
 
 def compare_builds(
     ops: list[Op],
-    old: Side,
-    new: Side,
+    pairs: list[Pair],
     device: str,
     quick: bool,
     plan: Plan,
-    progress,
+    progress: Callable[[int], Any],
     save: Callable[[list[Found]], None],
 ) -> list[Found]:
     """Compare and print op by op; ``save(all findings)`` after each."""
@@ -207,7 +241,7 @@ def compare_builds(
             found = Found(op.name)
             for case, timed in cases:
                 bar.say(f"{op.name}, {case.name}")
-                compare(op, case, timed, old, new, plan, found)
+                compare(op, case, timed, pairs, plan, found)
                 bar.step()
             done.append(found)
             bar.print("\n" + report.base_table(found))

@@ -132,10 +132,15 @@ def base_table(found: Any) -> str:
     """One op of base.py: times of the old build and of the new, then what differs."""
     lines = [found.op]
     if found.timings:
-        lines.append(f"  {'case':<28} {'old ms ':>11} {'spread':>7} {'new ms ':>11} {'spread':>7} {'old / new ':>11}")
+        columns = ["old ms ", "spread", "new ms ", "spread", "old / new ", "of the pairs"]
+        lines.append(_base_line("case", columns))
     for row in found.timings:
-        old, new = (f"{_pad(milliseconds(row[side])):>11} {row[side]['spread']:>7.0%}" for side in ("old", "new"))
-        lines.append(f"  {_shorten(row['case'], 28):<28} {old} {new} {_pad(faster(row['new'], row['old'])):>11}")
+        old, new = row["old"], row["new"]
+        cells = [cell for side in (old, new) for cell in (_pad(milliseconds(side)), f"{side['spread']:.0%}")]
+        times = ratio(row["ratio"]) + ("~" if old["disturbed"] or new["disturbed"] else "")
+        lines.append(
+            _base_line(row["case"], [*cells, _pad(times), f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"])
+        )
     for difference in found.differences[:MOST_DIFFERENCES]:
         lines.append(f"  DIFFERS: {difference['case']}, {difference['dtype']}, {difference['output']}")
         lines.append(f"    {difference['note']}")
@@ -145,6 +150,12 @@ def base_table(found: Any) -> str:
         lines.append("  " + _shorten(f"not in the old, {count} comparisons: {note}", WIDTH - 2))
     lines.append("  " + bits_text([found]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _base_line(case: str, cells: list[str]) -> str:
+    return f"  {_shorten(case, 28):<28} " + " ".join(
+        f"{c:>{w}}" for c, w in zip(cells, (10, 7, 10, 7, 11, 14), strict=True)
+    )
 
 
 def bits_text(findings: list[Any]) -> str:

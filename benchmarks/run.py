@@ -31,7 +31,9 @@ gets no speed, and the exit status is 1 where it is ours.
           "differences": [{"case", "dtype", "output": "gradient of deltas", "note": "2 of 96 elements, first at ..."}],
           "missing": [{"case", "dtype", "note"}],       # the old build has no such op or argument
           "timings": [{"case": "SSD300 B=8", "old": {"median_ms", "spread", "samples", "dropped", "disturbed"},
-                       "new": {...}, "ratio": 1.2}]}]}}         # old over new
+                       "new": {...},
+                       "ratio": 1.2,   # old over new, the median of
+                       "ratios": [1.1, 1.3, 1.2]}]}]}}          # three pairs of processes
 
 ``--base REV`` compares with another revision instead, which is built first (``revision.py``): every case of the ops
 to the bit, in every dtype and with the gradients, then both builds take turns on the cases of the benchmark
@@ -63,7 +65,7 @@ import torch  # noqa: E402
 
 import ssd_ext  # noqa: E402
 from benchmarks import report  # noqa: E402
-from benchmarks.base import DiedError, Found, RaisedError, Side, compare_builds  # noqa: E402
+from benchmarks.base import DiedError, Found, RaisedError, compare_builds, pairs_of  # noqa: E402
 from benchmarks.cases import OPS  # noqa: E402
 from benchmarks.measure import OURS, Plan, contenders_of, measure, measure_scaling  # noqa: E402
 from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
@@ -234,19 +236,20 @@ def scale(op, clock, plan) -> list[dict[str, Any]]:
 def against_base(args, base: Base, plan, made, save) -> list[Found]:
     """Compare this build with the other; the findings, op by op."""
     here = Path(ssd_ext.__file__).resolve().parent.parent
-    common = args.device, args.threads, args.flush_l2
-    with Side(args.base, base.folder, *common) as old, Side("this build", here, *common) as new:
-        made["base"] = {"revision": args.base, "commit": base.commit, "old": old.info, "new": new.info, "ops": []}
+    builds = (args.base, base.folder), ("this build", here)
+    with pairs_of(*builds, args.device, args.threads, args.flush_l2) as pairs:
+        old, new = (side.info for side in pairs[0])
+        made["base"] = {"revision": args.base, "commit": base.commit, "old": old, "new": new, "ops": []}
 
         def keep(findings: list[Found]) -> None:
             made["base"]["ops"] = [asdict(found) for found in findings]
             save([])
 
         ops = [op for op in OPS if op.name in args.ops]
-        findings = compare_builds(ops, old, new, args.device, args.quick, plan, Progress, keep)
+        findings = compare_builds(ops, pairs, args.device, args.quick, plan, Progress, keep)
     for fact in ("compiler", "torch_headers", "simd"):
-        if old.info[fact] != new.info[fact]:
-            print(f"\nnot built alike: {fact} is {old.info[fact]} in {args.base}, {new.info[fact]} here")
+        if old[fact] != new[fact]:
+            print(f"\nnot built alike: {fact} is {old[fact]} in {args.base}, {new[fact]} here")
     print(f"\n{report.bits_text(findings)}")
     return findings
 

@@ -158,6 +158,15 @@ def settle(turns: list[Turn]) -> Timing:
     )
 
 
+def joined(timings: list[Timing]) -> Timing:
+    """Of several processes, as one."""
+    return Timing(
+        [second for timing in timings for second in timing.seconds],
+        sum(timing.dropped for timing in timings),
+        disturbed=any(timing.disturbed for timing in timings),
+    )
+
+
 def memory_rate(clock: Clock) -> float:
     """Bytes a second that a large copy reads and writes: the best of several."""
     source = torch.ones(64 << 20, device=clock.device)

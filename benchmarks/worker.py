@@ -40,6 +40,8 @@ class Worker:
         import ssd_ext
 
         self._ops = ssd_ext.ops
+        if device == "cpu" and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
         torch.set_num_threads(threads)
         if device == "emulated":
             ssd_ext._C.emulator.start(0)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ssd_ext
+from benchmarks import base, report, revision, run
 from benchmarks import measure as measuring
-from benchmarks import report, revision, run
 from benchmarks.base import Found, cases_of, difference, unlike
 from benchmarks.cases import OPS
 from benchmarks.cases.inputs import coco_gts
@@ -294,6 +294,7 @@ def few_cases(monkeypatch):
     ops = [dataclasses.replace(op, cases=[dataclasses.replace(op.cases[0], benchmark=True), op.cases[1]]) for op in OPS]
     monkeypatch.setattr(run, "OPS", ops)
     monkeypatch.setattr(run, "Plan", lambda: BRIEF)
+    monkeypatch.setattr(base, "PAIRS", 1)
 
 
 def test_builds_are_compared_to_the_bit_and_timed(planted, few_cases, tmp_path, capsys):
@@ -330,7 +331,7 @@ def test_builds_are_compared_to_the_bit_and_timed(planted, few_cases, tmp_path, 
     for name in ("decode", "encode", "match"):
         (timing,) = found[name]["timings"]
         assert timing["case"] == OPS_BY_NAME[name].cases[0].name
-        assert timing["ratio"] == timing["old"]["median_ms"] / timing["new"]["median_ms"]
+        assert timing["ratios"] == [timing["ratio"]] == [timing["old"]["median_ms"] / timing["new"]["median_ms"]]
     assert out.endswith("\nbits: 32 comparisons, 24 differ; 16 not in the old\n")
 
 
@@ -357,6 +358,30 @@ def test_a_build_that_dies_is_named(planted, few_cases, capsys):
         run.main(["--base", str(planted), "--threads", "1", "--ops", "soft_nms"])
     where = f"soft_nms, {OPS_BY_NAME['soft_nms'].cases[0].name}, float32"
     assert ended.value.code == f"run.py: the process of {planted} ended with status 7 in {where}"
+
+
+def test_pairs_of_processes_take_turns_and_their_median_counts():
+    class Build:
+        def __init__(self, seconds):
+            self.asked, self.seconds = [], seconds
+
+        def ask(self, what, *arguments):
+            self.asked.append(what)
+            order.append(self)
+            return Turn([self.seconds], 2 * WAITING * (self.seconds > 8)) if what == "turn" else None
+
+    order = []
+    pairs = [(Build(4.0), Build(1.0)), (Build(4.0), Build(2.0)), (Build(3.0), Build(9.0))]
+    told = base.time(DECODE, SMALL, SMALL.make(torch.Generator()), pairs, Plan(seconds=0, rounds=3))
+    builds = [build for pair in pairs for build in pair]
+    assert order[:12] == [*builds, *builds]
+    assert all(build.asked[:2] == ["prepare", "turn"] for build in builds)
+    assert told["ratios"] == [4.0, 2.0, 1 / 3]
+    assert told["ratio"] == 2.0
+    assert told["old"]["median_ms"] == 4000.0
+    assert (told["old"]["disturbed"], told["new"]["disturbed"]) == (False, True)
+    row = report.base_table(Found("decode", 1, timings=[{"case": "x"} | told])).splitlines()[2]
+    assert row.split() == ["x", "4000", *row.split()[2:3], "2000~", *row.split()[4:5], "2.00x~", "0.33", "to", "4.00"]
 
 
 def test_every_bit_counts_but_those_of_nan():
@@ -451,12 +476,12 @@ def test_a_build_that_is_ended_leaves_nothing(repository):
 def test_a_base_that_is_none_is_told_with_the_remedy(repository, tmp_path, monkeypatch, capsys):
     repository("")
     (tmp_path / "ssd_ext").mkdir()
-    for base, message in (
+    for revision_or_folder, message in (
         ("no-such", "no revision 'no-such' here: `git log"),
         (str(tmp_path), "the extension is not built"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            run.main(["--base", base])
+            run.main(["--base", revision_or_folder])
         assert f"argument --base: {message}" in capsys.readouterr().err
     monkeypatch.setattr(revision, "ROOT", tmp_path / "ssd_ext")
     with pytest.raises(revision.RevisionError, match="is not a git checkout"):
