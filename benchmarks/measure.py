@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.spec import Call, Case, Inputs, MissingPeerError, Op, close, convert, tensors_in
-from benchmarks.timing import Clock, Timing, alternate
+from benchmarks.cases.spec import Call, Case, Inputs, MissingPeerError, Op, close, convert
+from benchmarks.timing import Clock, Timing, alternate, replay
 
-OURS, REFERENCE, COMPILED = "ssd_ext", "reference", "torch.compile"
+OURS, GRAPH, REFERENCE, COMPILED = "ssd_ext", "CUDA graph", "reference", "torch.compile"
 SEED = 20
 
 Contenders = dict[str, Callable[[Inputs], Call]]  # name -> f(inputs) -> a call
@@ -37,39 +37,29 @@ class TooSlowError(BaseException):
     """Raised inside torch.compile, which would swallow an Exception."""
 
 
-def contenders_of(op: Op, case: Case, plan: Plan, compiled: bool = True) -> Contenders:
-    """Everybody who can run ``op``: ours, the reference, the reference compiled, the peers."""
+def contenders_of(op: Op, case: Case, plan: Plan, compiled: bool = True, captured: bool = False) -> Contenders:
+    """Everybody who can run ``op``: ours, in a CUDA graph too; the reference and the peers, some by torch.compile."""
     bind = _binder(op, case)
-    contenders: Contenders = {
-        OURS: lambda inputs: bind(partial(op.op, **inputs), inputs),
-        REFERENCE: lambda inputs: bind(partial(op.reference, **inputs), inputs),
-    }
+    contenders: Contenders = {OURS: lambda inputs: bind(partial(op.op, **inputs), inputs)}
+    if captured and op.capturable:
+        contenders[GRAPH] = partial(_capture, op, bind)
+    contenders[REFERENCE] = lambda inputs: bind(partial(op.reference, **inputs), inputs)
     if compiled:
-        contenders[COMPILED] = partial(_compile_reference, op, plan.compile_limit, bind)
+        contenders[COMPILED] = partial(_compile, op.reference, plan.compile_limit, bind)
     for name, make in op.peers.items():
         contenders[name] = (lambda inputs, make=make: bind(make(inputs), inputs)) if case.peers else _refuse_case
+    for name, function in op.compiled_peers.items() if compiled else ():
+        contenders[name] = partial(_compile, function, plan.compile_limit, bind) if case.peers else _refuse_case
     return contenders
 
 
 def _binder(op: Op, case: Case) -> Bind:
     """The call alone, or with the gradients of its outputs' sum where the case has them timed."""
-
-    def with_gradients(call: Call, inputs: Inputs) -> Call:
-        leaves = [inputs[name] for name in op.differentiable]
-
-        def both():
-            outputs = call()
-            return outputs, torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
-
-        return both
-
-    return with_gradients if case.backward else lambda call, inputs: call
+    return op.with_gradients if case.backward else lambda call, inputs: call
 
 
 def _requiring_grad(op: Op, case: Case, inputs: Inputs) -> Inputs:
-    if not case.backward:
-        return inputs
-    return inputs | {name: inputs[name].detach().requires_grad_() for name in op.differentiable}
+    return op.with_leaves(inputs) if case.backward else inputs
 
 
 def _mismatch(op: Op, case: Case, made: Inputs, result: Any, expected: Any) -> str | None:
@@ -87,9 +77,15 @@ def _refuse_case(inputs: Inputs) -> Call:
     raise MissingPeerError("has no such case (see its description)")
 
 
-def _compile_reference(op: Op, limit: float, bind: Bind, inputs: Inputs) -> Call:
+def _capture(op: Op, bind: Bind, inputs: Inputs) -> Call:
+    if any(isinstance(value, list) for value in inputs.values()):
+        raise MissingPeerError("a list's lengths come from the host")
+    return replay(bind(partial(op.op, **inputs), inputs))
+
+
+def _compile(function: Callable, limit: float, bind: Bind, inputs: Inputs) -> Call:
     torch.compiler.reset()  # each case is compiled for its own shapes
-    call = bind(partial(torch.compile(op.reference, dynamic=False), **inputs), inputs)
+    call = bind(partial(torch.compile(function, dynamic=False), **inputs), inputs)
     try:
         with _time_limit(limit):
             for _ in range(2):  # graph breaks may compile the rest on the second call
@@ -187,6 +183,7 @@ def _compare(rows: dict[str, dict[str, Any]], least_bytes: int, memory_rate: flo
     """Ours against the others; above 1 ours is faster."""
     medians = {name: row["median_ms"] for name, row in rows.items() if "median_ms" in row}
     ours = medians.pop(OURS)
+    medians.pop(GRAPH, None)  # nobody else's
     rate = least_bytes / (ours * 1e-3)
     best = min(medians, key=medians.get, default=None)
     return {

@@ -89,6 +89,7 @@ def _contender(label: str, row: dict[str, Any], result: dict[str, Any]) -> str:
 
 LEGEND = f"""\
 reference: plain PyTorch, {OURS}.reference. torch.compile: the same, compiled for these very shapes.
+CUDA graph: {OURS}, captured once and replayed.
 x reference: how many times faster than the reference. {OURS} is: how many times faster than that line.
 x best peer: than the fastest of all other lines. spread: interquartile range over median.
 GB/s: the least bytes that the op must read and write, over its time. of memory: of the copy rate below;

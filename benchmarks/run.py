@@ -10,7 +10,7 @@ gets no speed, and the exit status is 1 where it is ours.
      "results": [
        {"op": "decode", "case": "SSD300 B=8",
         "contenders": [
-          {"name": "ssd_ext",          # or "reference", "torch.compile", a peer
+          {"name": "ssd_ext",          # or "CUDA graph" (ours, replayed), "reference", "torch.compile", a peer
            "status": "timed",          # "once": slow, a single call; "wrong", "missing", "failed": no speed
            "note": "...",              # what is wrong or missing
            "median_ms": 0.1, "spread": 0.02, "samples": 900, "dropped": 30,
@@ -67,6 +67,7 @@ import ssd_ext  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.base import DiedError, Found, RaisedError, compare_builds, pairs_of  # noqa: E402
 from benchmarks.cases import OPS  # noqa: E402
+from benchmarks.cases.spec import Case, Op  # noqa: E402
 from benchmarks.measure import OURS, Plan, contenders_of, measure, measure_scaling  # noqa: E402
 from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
 from benchmarks.revision import Base, RevisionError, built  # noqa: E402
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ops", nargs="+", choices=by_name, metavar="NAME", default=list(by_name), help="only these ops (default: all)"
     )
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only the cases of these names (default: all)")
     parser.add_argument(
         "--threads",
         type=int,
@@ -100,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="CPU threads, of ours and of the others (default: torch's choice, here %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="one or two cases an op and few rounds: about a minute")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="nothing by torch.compile")
     parser.add_argument(
         "--flush-l2",
         action=argparse.BooleanOptionalAction,
@@ -126,6 +128,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What argparse cannot tell; before minutes of measuring."""
+    known = {case.name for op in OPS if op.name in args.ops for case in op.cases if case.benchmark}
+    for name in args.cases or []:
+        if name not in known:
+            parser.error(f"argument --cases: no such case: {name!r} (choose from {', '.join(sorted(known))})")
     if args.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -207,15 +213,22 @@ class Progress:
         print(text, flush=True)
 
 
+def chosen_cases(op: Op, args: argparse.Namespace) -> list[Case]:
+    timed = [case for case in op.cases if case.benchmark]
+    if args.cases:
+        return [case for case in timed if case.name in args.cases]
+    return [case for case in timed if case.quick or not args.quick]
+
+
 def compare(ops, args, clock, plan, rate, save) -> list[dict[str, Any]]:
     """Measure and print op by op; ``save(results)`` after each."""
-    chosen = [(op, [case for case in op.cases if case.benchmark and (case.quick or not args.quick)]) for op in ops]
+    chosen = [(op, chosen_cases(op, args)) for op in ops]
     results = []
     with Progress(sum(len(cases) for _, cases in chosen)) as progress:
         for op, cases in chosen:
             done = []
             for case in cases:
-                contenders = contenders_of(op, case, plan, args.compile)
+                contenders = contenders_of(op, case, plan, args.compile, captured=args.device == "cuda")
                 say = lambda text, at=f"{op.name}, {case.name}": progress.say(f"{at}: {text}")  # noqa: E731
                 done.append(measure(op, case, contenders, clock, plan, rate, say))
                 progress.step()

@@ -14,9 +14,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, sleep
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 TURN_SECONDS = 0.003
 WAITING = 0.05  # a turn whose threads waited for a CPU for more than this share of it is disturbed: dropped ...
 LEAST_TURNS = 3  # ... while this many others remain
@@ -165,6 +167,20 @@ def joined(timings: list[Timing]) -> Timing:
         sum(timing.dropped for timing in timings),
         disturbed=any(timing.disturbed for timing in timings),
     )
+
+
+def replay(call: Callable[[], Result]) -> Callable[[], Result]:
+    """``call`` captured in a CUDA graph: each replay gives the same tensors, written anew."""
+    call()  # sets up what a capture may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replayed():
+        graph.replay()
+        return result
+
+    return replayed
 
 
 def memory_rate(clock: Clock) -> float:

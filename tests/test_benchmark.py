@@ -19,7 +19,7 @@ from benchmarks.base import Found, cases_of, difference, unlike
 from benchmarks.cases import OPS
 from benchmarks.cases.inputs import coco_gts
 from benchmarks.cases.spec import Case, MissingPeerError
-from benchmarks.measure import COMPILED, OURS, REFERENCE, Plan, contenders_of, measure, measure_scaling
+from benchmarks.measure import COMPILED, GRAPH, OURS, REFERENCE, Plan, contenders_of, measure, measure_scaling
 from benchmarks.timing import LEAST_TURNS, WAITING, CpuClock, Turn, alternate, settle
 from ssd_ext import _C
 
@@ -126,9 +126,20 @@ def test_a_slow_contender_is_called_once():
 def test_contenders_are_everybody():
     assert list(contenders_of(DECODE, SMALL, BRIEF)) == [OURS, REFERENCE, COMPILED, *DECODE.peers]
     assert COMPILED not in contenders_of(DECODE, SMALL, BRIEF, compiled=False)
+    op = dataclasses.replace(DECODE, compiled_peers={"tuned": DECODE.reference})
+    assert list(contenders_of(op, SMALL, BRIEF)) == [OURS, REFERENCE, COMPILED, *DECODE.peers, "tuned"]
+    assert "tuned" not in contenders_of(op, SMALL, BRIEF, compiled=False)
+    assert list(contenders_of(op, SMALL, BRIEF, captured=True))[:2] == [OURS, GRAPH]
     alone = contenders_of(DECODE, Case("x", SMALL.make, peers=False), BRIEF)
     with pytest.raises(MissingPeerError, match="no such case"):
         alone["torchvision"]({})
+
+
+def test_lists_are_not_captured():
+    op = next(op for op in OPS if op.name == "assign_targets")
+    made = op.cases[0].make(torch.Generator().manual_seed(20))
+    with pytest.raises(MissingPeerError, match="lengths come from the host"):
+        contenders_of(op, op.cases[0], BRIEF, captured=True)[GRAPH](made)
 
 
 def test_compiling_has_a_time_limit(monkeypatch):
@@ -141,7 +152,7 @@ def test_compiling_has_a_time_limit(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", endless)
     with pytest.raises(MissingPeerError, match="gave up compiling"):
-        measuring._compile_reference(DECODE, 0.05, lambda call, inputs: call, {})
+        measuring._compile(DECODE.reference, 0.05, lambda call, inputs: call, {})
 
 
 def test_contenders_take_turns():
@@ -179,6 +190,7 @@ def test_scaling_checks_and_times_every_batch():
     ("arguments", "message"),
     [
         (["--ops", "enocde"], "invalid choice: 'enocde'"),
+        (["--ops", "decode", "--cases", "SSD300"], "no such case: 'SSD300'"),
         (["--threads", "0"], "must be at least 1, got 0"),
         (["--plot", "picture.gif"], "must end in .png or .svg, got picture.gif"),
         (["--json", "no/such/place.json"], "no such directory"),

@@ -226,20 +226,6 @@ def _tuned(inputs: Inputs):
     return lambda: _tuned_loss(*tensors)
 
 
-def _tuned_compiled(inputs: Inputs):
-    tensors = _plain(inputs)
-    if tensors[1].numel() < 100_000:
-        raise MissingPeerError("not worth compiling for so small a case")
-    torch.compiler.reset()
-    compiled = torch.compile(_tuned_loss, dynamic=False)
-    leaves = [t for t in tensors if t.requires_grad]
-    for _ in range(2):
-        losses = compiled(*tensors)
-        if leaves:
-            torch.autograd.grad(sum(losses), leaves)
-    return lambda: compiled(*tensors)
-
-
 MULTIBOX_LOSS = Op(
     name="multibox_loss",
     op=ops.multibox_loss,
@@ -317,7 +303,8 @@ MULTIBOX_LOSS = Op(
         ErrorCase("negative beta", _call(beta=-1.0), r"beta must be a finite number >= 0, got -1"),
         ErrorCase("unknown normalize", _call(normalize="sum"), r"normalize must be 'batch' or 'image', got 'sum'"),
     ],
-    peers={"torchvision": _torchvision, "tuned": _tuned, "tuned, torch.compile": _tuned_compiled},
+    peers={"torchvision": _torchvision, "tuned": _tuned},
+    compiled_peers={"tuned, torch.compile": _tuned_loss},
     differentiable=("deltas", "logits"),
     twice_differentiable=False,
     scaling=lambda batch: _detector("", batch).make(torch.Generator().manual_seed(batch)),

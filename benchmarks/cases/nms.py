@@ -162,6 +162,17 @@ def _torchvision(inputs: Inputs):
     return lambda: nms(inputs["boxes"], inputs["scores"], inputs["iou_threshold"])
 
 
+def _torchvision_padded(inputs: Inputs):
+    """Its indices in the form of nms_padded."""
+    call, size = _torchvision(inputs), len(inputs["boxes"])
+
+    def padded():
+        kept = call()
+        return torch.nn.functional.pad(kept, (0, size - len(kept)), value=-1), kept.new_tensor(len(kept))
+
+    return padded
+
+
 @functools.cache
 def _onnx_session(threads: int):
     try:
@@ -275,8 +286,15 @@ NMS_PADDED = Op(
     op=ops.nms_padded,
     reference=reference.nms_padded,
     schema="nms_padded",
-    cases=[*_SMALL, *(_in_classes(case, 3) for case in _SMALL[:6]), Case("far ids", _far_ids)],
+    cases=[
+        *_SMALL,
+        *(_in_classes(case, 3) for case in _SMALL[:6]),
+        Case("far ids", _far_ids, peers=False),
+        _random(1000, benchmark=True, quick=True, dtypes=EXACT),
+        _in_classes(_random(20000, benchmark=True, dtypes=EXACT), 80),
+    ],
     errors=[*_ERRORS, *_ID_ERRORS],
+    peers={"torchvision": _torchvision_padded},
     agrees=_padded_agrees,
     full_size=_candidates(8732).make,
 )

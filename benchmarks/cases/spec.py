@@ -57,6 +57,8 @@ class Op:
     errors: list[ErrorCase]
     # Peers: name -> f(inputs) -> a call that gives what op gives (in the same form), or MissingPeerError.
     peers: dict[str, Callable[[Inputs], Call]] = field(default_factory=dict)
+    # Functions of op's arguments that torch.compile makes peers of; `run.py --no-compile` leaves them out.
+    compiled_peers: dict[str, Callable] = field(default_factory=dict)
     # Largest |result - reference| of a floating output, relative to max(1, |reference|). Outputs that
     # are indices or masks are compared by `agrees`.
     tolerance: dict[torch.dtype, float] = field(
@@ -70,6 +72,22 @@ class Op:
     scaling: Callable[[int], Inputs] | None = None  # inputs for a batch of that size: `run.py --scaling`
     # An input as large as real ones that an emulated GPU can still bear, two images of SSD300; default: scaling(2).
     full_size: Callable[[torch.Generator], Inputs] | None = None
+
+    def with_leaves(self, inputs: Inputs) -> Inputs:
+        """The same arguments; those with a gradient require it."""
+        return inputs | {name: inputs[name].detach().requires_grad_() for name in self.differentiable}
+
+    def with_gradients(self, call: Call, inputs: Inputs) -> Call:
+        """Give what ``call`` gives, and the gradients of its outputs' sum for the leaves among ``inputs``."""
+        leaves, ones = [inputs[name] for name in self.differentiable], []
+
+        def both():
+            result = call()
+            outputs = list(tensors_in(result))
+            ones[:] = ones or map(torch.ones_like, outputs)
+            return result, torch.autograd.grad(outputs, leaves, ones)
+
+        return both
 
     def traffic(self, inputs: Inputs, result: Any) -> int:
         """Bytes that must be read and written at the least: inputs and outputs once."""
