@@ -37,6 +37,7 @@ def command(name, *arguments, start=False, **environment):
 
 @pytest.mark.slow
 def test_learns_photographs_by_heart_and_finds_their_cards(tmp_path):
+    pytest.importorskip("pycocotools")
     run = tmp_path / "run"
     recipe = ("--epochs", 60, "--batch-size", 6, "--optimizer", "sgd", "--lr", 0.03, "--warmup", 10, "--channels-last")
     recipe += ("--no-crop", "--flip", 0, "--zoom-out", 0, "--photometric", 0)
@@ -189,6 +190,7 @@ def test_pictures_have_names_of_their_own():
 
 @pytest.mark.slow
 def test_trains_on_a_coco_file(tmp_path):
+    pytest.importorskip("pycocotools")
     sample = load_dataset(SAMPLE, "test")
     images, annotations = [], []
     for i, path in enumerate(sample.paths):

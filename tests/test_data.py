@@ -65,6 +65,7 @@ def coco_dict():
 @pytest.fixture
 def coco(tmp_path):
     """A function that writes a COCO file with its images into folders."""
+    pytest.importorskip("pycocotools")
 
     def write(content, file="instances.json", images="images"):
         for path in (tmp_path / file, tmp_path / images / "x"):
