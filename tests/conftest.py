@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if not any((ROOT / "ssd_ext").glob("_C*.so")):  # not built in this tree: the installed ssd_ext is meant
     sys.path = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
 
+from progress import pytest_addoption, pytest_configure  # noqa: E402, F401
+
 from benchmarks.cases.spec import convert  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
