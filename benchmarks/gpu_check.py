@@ -1,52 +1,54 @@
-"""Builds, tests, sanitizes and measures ssd_ext on a GPU; a dry run checks all of that which needs none.
+"""Builds, tests, profiles, sanitizes and measures ssd_ext on a GPU; a dry run checks all of that which needs none.
 
-Stages, each within its time limit; what one finds does not stop the next::
+Stages, the most wanted first, each within its time limit::
 
-    build      pip install, without isolation and network, for this GPU alone; leaves the extension in ssd_ext/
-    tests      the whole suite, on the CPU and on CUDA, but for the two selections below
-    bits       CPU against CUDA to the bit, every op, case and dtype
-    graphs     capture and replay in a CUDA graph of every capturable op, and no host synchronisation
-    sanitizer  memcheck, racecheck, initcheck, synccheck over every op, and that each notices a planted fault
-    benchmark  the device's copy rate, then every op against its peers; --full: all cases, and torch.compile
+    facts      GPU, driver, clocks, compilers, torch
+    build      with CMake, without a network, for this GPU alone; leaves the extension in ssd_ext/
+    smoke      each op, launch by launch: OK, BITS DIFFER (from the CPU's) or what it raised (kernel_calls.py)
+    profile    the time of each kernel, of a CUDA graph's replay, of the host (gpu_profile.py)
+    cuda       the tests on CUDA: equal to the CPU to the bit, captured in CUDA graphs, no host synchronisation
+    ncu        what binds each kernel at B=32 (ncu.py)
+    sanitizer  memcheck and racecheck, then initcheck and synccheck, over every op (sanitizer.py)
+    benchmark  the loss, detect and NMS against their peers; --full: everything, torch.compile too
 
-A dry run builds for sm_90 and keeps nothing, collects the tests, compiles the planted faults, makes the
-sanitizer's calls on the CPU and benchmarks one op there.
+The check ends where going on is useless: after a build that fails, or when no op works. What another stage finds does
+not stop those that follow. All tables are printed again at the end.
+
+A dry run builds for sm_90 and keeps nothing, calls on the CPU what the stages call on the GPU, collects the tests,
+compiles the planted faults and benchmarks one op.
 
 ``DATE-GPU-check.json`` in the folder ``--out`` is written before and after each stage, and a stage that is run
-again on the same commit replaces its earlier entry::
+again on the same sources replaces its earlier entry::
 
-    {"conditions": {"gpu", "capability", "gpu_memory_gb", "driver", "cuda_runtime", "nvcc", "torch", "python", "cpu",
-                    "commit", "date", "dry_run"},     # null or "unknown" where the machine does not tell
-     "stages": {"tests": {"verdict": "passed",        # "failed", "timed out", "skipped", "running" (was killed)
-                          "seconds": 101.3,
-                          "counts": {"passed": 1700, "skipped": 230},
-                          "notes": ["..."],           # what is missing or wrong
-                          "tools": {...}}}}           # of sanitizer: see sanitizer.py
+    {"conditions": {"gpu", "capability", "driver", "nvcc", "torch", "python", "cpu", "commit", "sources", "date",
+                    "dry_run", ...},                  # null where the machine does not tell
+     "stages": {"cuda": {"verdict": "passed",         # "failed", "timed out", "skipped", "running" (was killed)
+                         "seconds": 61.3,
+                         "counts": {"passed": 1700, "skipped": 230},
+                         "notes": ["..."],            # what is missing or wrong
+                         "table": ["..."],            # as printed
+                         "tools": {...}}}}            # of sanitizer: see sanitizer.py
 
-Beside it stand a log of each stage and the benchmark's own JSON. The exit status is 0 where all passed, 1 where
-something failed or ran out of time, 3 where nothing failed but something could not be checked.
+Beside it stand a log of everything that was run, the profile and the benchmark's own JSON. The exit status is 0 where
+all passed, 1 where something failed or ran out of time, 3 where nothing failed but something could not be checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
-import importlib.metadata
 import importlib.util
+import itertools
 import json
-import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -54,23 +56,33 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import sanitizer
-from benchmarks.record import ROOT, ask, commit, cpu_model, write_json
+from benchmarks import ncu, sanitizer
+from benchmarks.jobs import Job, nothing, run
+from benchmarks.machine import conditions, cores, environment_program, lacking, toolkit_program
+from benchmarks.record import ROOT, write_json
 
-LIMITS = {"build": 85, "tests": 150, "bits": 60, "graphs": 45, "sanitizer": 115, "benchmark": 75}  # 530 s together
-BITS, GRAPHS = "test_cuda_gives_the_cpu_result", "test_captures_in_a_cuda_graph_without_host_sync"
-LOG_BYTES = 300_000
+LIMITS = {  # seconds
+    "facts": 30,
+    "build": 60,
+    "smoke": 25,
+    "profile": 60,
+    "cuda": 80,
+    "ncu": 60,
+    "sanitizer": 75 + 60,
+    "benchmark": 80,
+}
+BY_FUNCTION = "= outcomes of each test function ="
+SELECTION = "cuda or mixed_devices"
+NEVER_SKIPPED = re.compile(
+    "cuda_gives|cuda_graph|mixed_devices|on_a_gpu"
+)  # in the names of tests that only a GPU can run
+# Of each op what decides most, for a run without --full.
+BENCHMARK = {
+    "multibox_loss": ("SSD300 B=1", "SSD300 B=32", "SSD300 B=32, backward too"),
+    "detect": ("trained, C=81 B=1", "trained, C=81 B=32"),
+    "nms_padded": ("random N=1000",),
+}
 WORST = ("failed", "timed out", "skipped", "passed")  # verdicts, the worst first
-
-FACTS = """
-import json, torch
-facts = {"torch": torch.__version__, "cuda_runtime": torch.version.cuda, "gpu": None}
-if torch.cuda.is_available():
-    gpu = torch.cuda.get_device_properties(0)
-    facts |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"}
-    facts["gpu_memory_gb"] = round(gpu.total_memory / 1e9, 1)
-print(json.dumps(facts))
-"""
 
 
 @dataclass
@@ -80,157 +92,9 @@ class Outcome:
     verdict: str
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    table: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)  # further keys of its JSON
-
-
-# ---- the machine ---------------------------------------------------------------------------------
-
-
-def toolkit_program(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, in CUDA_HOME or beside nvcc."""
-    homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
-    nvcc = shutil.which("nvcc")
-    homes += [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
-    folders = [os.path.join(home, "bin") for home in [*homes, "/usr/local/cuda"] if home]
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def driver() -> str | None:
-    told = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    if told:
-        return told.splitlines()[0]
-    version = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", version.read_text()) if version.is_file() else None
-    return found[1] if found else None
-
-
-def conditions(dry_run: bool) -> dict[str, Any]:
-    told = ask(sys.executable, "-c", FACTS)
-    if told is None:
-        sys.exit(f"gpu_check: {sys.executable} cannot import torch; set PYTHON to the Python that holds it")
-    nvcc = toolkit_program("nvcc")
-    release = re.search(r"V(\d+\.\d+\.\d+)", (nvcc and ask(nvcc, "--version")) or "")
-    facts = {
-        "gpu": None,
-        "capability": None,
-        "gpu_memory_gb": None,
-        "driver": driver(),
-        "cuda_runtime": None,
-        "nvcc": release[1] if release else None,
-        "torch": None,
-        "python": platform.python_version(),
-        "cpu": f"{cpu_model()}, {cores()} cores",
-        "commit": commit() or "unknown",
-        "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
-        "dry_run": dry_run,
-    }
-    return facts | json.loads(told.splitlines()[-1])
-
-
-def bring(package: str) -> str:
-    return f"install '{package}', from a wheel that was downloaded elsewhere if there is no network"
-
-
-# Whether a program or file is there, and how to bring it.
-TOOLS = {
-    "compiler": (
-        lambda: shutil.which((os.environ.get("CXX") or "c++").split()[0]) or shutil.which("g++"),
-        "install g++ or set CXX",
-    ),
-    "Python.h": (
-        lambda: os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")),
-        "install the headers of this Python, python3-dev",
-    ),
-    "nvcc": (lambda: toolkit_program("nvcc"), "install the CUDA toolkit or set CUDA_HOME"),
-    "compute-sanitizer": (
-        lambda: toolkit_program("compute-sanitizer"),
-        "install that part of the CUDA toolkit (cuda-sanitizer) or set CUDA_HOME",
-    ),
-}
-
-
-def version_of(name: str) -> tuple[int, ...]:
-    """Of a Python package, or of cmake, which may be either; () where it is missing."""
-    try:
-        told = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        told = ask(name, "--version") if name == "cmake" else None
-    return tuple(map(int, re.search(r"\d+(\.\d+)*", told)[0].split("."))) if told else ()
-
-
-def lacking(*needed: str) -> list[str]:
-    """A sentence for each of ``needed`` that this machine lacks: a name of ``TOOLS``, or ``package>=version``."""
-    sentences = []
-    for name in needed:
-        if name in TOOLS:
-            is_there, how = TOOLS[name]
-            if not is_there():
-                sentences.append(f"no {name}: {how}")
-        else:
-            package, _, least = name.partition(">=")
-            found = version_of(package)
-            if found < tuple(map(int, least.split("."))):
-                sentences.append(f"needs {name}, found {'.'.join(map(str, found)) or 'none'}: {bring(name)}")
-    return sentences
-
-
-# ---- running -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """A command, its log, and its exit status once it has run; None where it was killed at its limit."""
-
-    command: list[str]
-    log: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    status: int | None = None
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-
-def run(limit: float, *jobs: Job) -> None:
-    """Run ``jobs`` at the same time, none for longer than ``limit`` seconds; leave none of their processes behind."""
-    end = monotonic() + limit
-    processes = []
-    try:
-        for job in jobs:
-            with job.log.open("ab") as log:
-                log.write(f"$ {' '.join(map(str, job.command))}\n".encode())
-                log.flush()
-                environment = {**os.environ, "PYTHONUNBUFFERED": "1", **job.environment}
-                options = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL}
-                processes.append(
-                    subprocess.Popen(job.command, stdout=log, stderr=log, preexec_fn=os.setpgrp, **options)
-                )
-        for job, process in zip(jobs, processes, strict=True):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                job.status = process.wait(max(0.0, end - monotonic()))
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, number)
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-
-
-def shorten(log: Path) -> None:
-    """Keep a third of ``LOG_BYTES`` from the beginning of a longer log and the rest from its end."""
-    content = log.read_bytes()
-    if len(content) > LOG_BYTES:
-        head = LOG_BYTES // 3
-        log.write_bytes(content[:head] + b"\n[...]\n" + content[head - LOG_BYTES :])
-
-
-# ---- the stages ----------------------------------------------------------------------------------
+    stop: bool = False  # nothing that follows could work
 
 
 @dataclass
@@ -242,177 +106,268 @@ class Check:
     stem: str  # of every file in `out`
     dry_run: bool
     full: bool
-    limit: float = 0.0  # of the stage that runs
+    end: float = 0.0  # of the stage that runs, on the monotonic clock
 
-    def log(self, stage: str) -> Path:
-        return self.out / f"{self.stem}-{stage}.log"
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.end - monotonic())
+
+    def file(self, name: str) -> Path:
+        return self.out / f"{self.stem}-{name}"
+
+    def run(self, *jobs: Job, limit: float | None = None) -> None:
+        run(self.file("check.log"), self.left if limit is None else min(limit, self.left), *jobs)
+
+
+def script(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+
+
+def ended(job: Job, failed: str) -> tuple[str, list[str]]:
+    """Verdict and notes of a job by its exit status alone."""
+    if job.status is None:
+        return "timed out", []
+    return ("failed", [f"{failed}, exit status {job.status}"]) if job.status else ("passed", [])
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def facts(check: Check) -> Outcome:
+    table = [f"{name + ':':<18}{fact}" for name, fact in check.conditions.items() if fact]
+    print("\n".join(table), flush=True)
+    return Outcome("passed", table=table)
 
 
 def build(check: Check) -> Outcome:
-    needed = ["compiler", "Python.h", "nvcc", "setuptools>=77", "pybind11>=2.13", "cmake>=3.26", "pip>=21.3"]
-    if notes := lacking(*needed):
+    if notes := lacking("compiler", "Python.h", "nvcc", "pybind11>=2.13", "cmake>=3.26"):
         return Outcome("skipped", notes=notes)
-    with tempfile.TemporaryDirectory() as site:
-        environment = {
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if check.dry_run else ROOT / "build" / "gpu_check"
+        cmake, ninja = environment_program("cmake"), environment_program("ninja")
+        options = {
             "SSD_EXT_CUDA": "ON",
-            "TORCH_CUDA_ARCH_LIST": check.conditions["capability"] or "9.0",
-            "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "") + " -DCMAKE_CUDA_FLAGS=-lineinfo",  # for the sanitizer
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "CMAKE_CUDA_FLAGS": "-lineinfo",  # for the sanitizer
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "module",
+            "Python_EXECUTABLE": sys.executable,
+            **({"CMAKE_MAKE_PROGRAM": ninja} if ninja else {}),
         }
-        pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
-        install = Job([*pip, "--target", site, str(ROOT)], check.log("build"), environment)
-        run(check.limit, install)
-        if install.status is None:
-            return Outcome("timed out")
-        built = glob.glob(f"{site}/ssd_ext/_C*.so")
-        if install.status or not built:
-            return Outcome("failed", notes=["pip install failed: its log tells why"])
-        show = f"import sys; sys.path[0] = {site!r}; from ssd_ext import env; print(env.report())"
-        report = ask(sys.executable, "-c", show)
-        with install.log.open("a") as log:
-            log.write(report or "python -m ssd_ext.env failed\n")
-        if not report or not re.search(r"built with CUDA: +yes", report):
-            return Outcome("failed", notes=["what was built holds no CUDA, or does not load"])
-        if not check.dry_run:
-            if not re.search(r"^GPU: .*, covered by this build", report, re.MULTILINE):
-                return Outcome("failed", notes=["what was built does not cover this GPU"])
-            for stale in glob.glob(f"{ROOT}/ssd_ext/_C*.so"):
-                os.remove(stale)
-            shutil.copy(built[0], ROOT / "ssd_ext")
-    return Outcome("passed")
+        configure = [cmake, "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in options.items())]
+        environment = {"TORCH_CUDA_ARCH_LIST": check.conditions["capability"] or "9.0"}
+        for what, job in {
+            "CMake": Job(configure + ["-GNinja"] * bool(ninja), environment, show=nothing),
+            "compiling": Job([cmake, "--build", folder, "--parallel", str(cores())], show=nothing),
+        }.items():
+            check.run(job)
+            if job.status != 0:
+                verdict, notes = ended(job, f"{what} failed")
+                return Outcome(verdict, notes=notes, table=job.lines[-40:], stop=True)
+        if check.dry_run:
+            return Outcome("passed")
+        module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        (ROOT / "ssd_ext" / module).unlink(missing_ok=True)  # as a process may have it in use
+        shutil.copy(folder / "module" / module, ROOT / "ssd_ext")
+    report = Job([sys.executable, "-m", "ssd_ext.env"])
+    check.run(report)
+    if not re.search(r"^GPU: .*, covered by this build$", report.text, re.MULTILINE):
+        notes = ["what was built does not load, or not cover this GPU"]
+        return Outcome("failed", notes=notes, table=report.lines[-40:], stop=True)
+    return Outcome("passed", table=report.lines)
 
 
-def summary_counts(text: str) -> dict[str, int]:
-    """The numbers of pytest's last line, or of its line about collected tests."""
-    for line in reversed(text.splitlines()):
-        if collected := re.match(r"(?:(\d+)/)?(\d+) tests? collected", line):
-            return {"collected": int(collected[1] or collected[2])}
-        counts = re.findall(r"(\d+) (passed|failed|skipped|error|xfailed|xpassed)", line)
-        if counts and re.search(r" in [\d.]+s", line):
-            return {name: int(number) for number, name in counts}
-    return {}
+def smoke(check: Check) -> Outcome:
+    """An op that breaks CUDA for the rest of its process, or ends it, does not hide the others."""
+    names: list[str] = []
+    said: dict[str, str] = {}
+    after: list[str] = []
+    while True:
+        command = script("kernel_calls.py", "--compare", "--device", check.device, *after)
+        job = Job(command, {"CUDA_LAUNCH_BLOCKING": "1"})
+        check.run(job)
+        names = names or re.findall(r"\w+", next((line[5:] for line in job.lines if line.startswith("ops: ")), ""))
+        answers = [line.partition(": ") for line in job.lines]
+        new = {name: what or f"ended its process, status {job.status}" for name, _, what in answers if name in names}
+        if new and job.status is None:
+            new[list(new)[-1]] = "did not end in time"
+        said |= new
+        if not new or job.status in (0, None):
+            break
+        after = ["--after", list(new)[-1]]
+    table = [f"{name + ':':<18}{said.get(name, 'not reached')}" for name in names]
+    wrong = [f"{name}: {said.get(name, 'not reached')}" for name in names if said.get(name) != "OK"]
+    counts = {"OK": len(names) - len(wrong), "wrong": len(wrong)}
+    if names and not wrong:
+        return Outcome("passed", counts, table=table)
+    verdict = "timed out" if job.status is None else "failed"
+    works = any(what.startswith(("OK", "BITS DIFFER")) for what in said.values())
+    return Outcome(verdict, counts, wrong or ["no op was called"], table, stop=not works)
 
 
-def run_pytest(check: Check, stage: str, selection: str, none_skipped: bool) -> Outcome:
+def profile(check: Check) -> Outcome:
+    file = check.file("profile.json")
+    file.unlink(missing_ok=True)
+    only = ["--cases", "B=1"] if check.dry_run else ["--seconds", check.left - 10]  # a case takes a few
+    job = Job(script("gpu_profile.py", "--device", check.device, "--json", file, *only))
+    check.run(job)
+    cases = json.loads(file.read_text())["cases"] if file.is_file() else []
+    verdict, notes = ended(job, "gpu_profile.py failed")
+    return Outcome(verdict, {"measured": len(cases)}, notes, job.lines)
+
+
+def cuda(check: Check) -> Outcome:
     if notes := lacking("pytest>=8", "hypothesis>=6"):
         return Outcome("skipped", notes=notes)
-    command, environment, notes = [sys.executable, "-m", "pytest", "-q", "-k", selection], {}, []
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "--tb=short", "--by-function", "-k", SELECTION]
+    command.append("--continue-on-collection-errors")
+    notes = []
+    for module, package, options, else_ in (
+        ("xdist", "pytest-xdist", ["-n", str(min(12, cores())), "--dist", "worksteal"], "tests run one by one"),
+        ("pytest_timeout", "pytest-timeout", ["--timeout", "45"], "a test that hangs is not ended"),
+    ):
+        if importlib.util.find_spec(module):
+            command += options
+        else:
+            notes.append(f"{else_}, for want of {package}")
     if check.dry_run:
-        command.append("--collect-only")
-    elif importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, max(1, cores() // 2)))]
-        environment["OMP_NUM_THREADS"] = "2"
-    elif stage == "tests":
-        command += ["-m", "not slow"]
-        notes = [f"the slow tests are left out, for want of pytest-xdist: {bring('pytest-xdist')}"]
-    job = Job(command, check.log(stage), environment)
-    run(check.limit, job)
-    counts = summary_counts(job.text)
-    if job.status is None:
-        return Outcome("timed out", counts)
-    if job.status != 0:
-        return Outcome("failed", counts, ["pytest's log tells why"])
-    if none_skipped and counts.get("skipped"):
-        return Outcome("failed", counts, ["each of these must run here, but some were skipped: see the log"])
-    if not counts.get("collected" if check.dry_run else "passed"):
-        return Outcome("failed", counts, [f"no test is selected by {selection}"])
-    return Outcome("passed", counts, notes)
+        job = Job([*command, "--collect-only"], show=nothing)
+        check.run(job)
+        verdict, wrong = ended(job, "pytest could not collect the tests")
+        collected = sum(map(int, re.findall(r"^(\d+)(?:/\d+)? tests? collected", job.text, re.MULTILINE)))
+        return Outcome(verdict, {"collected": collected}, notes + wrong, job.lines[-40:] if wrong else [])
+    job = Job(command)
+    check.run(job)
+    functions = outcomes(job.text)
+    came = itertools.takewhile(lambda line: BY_FUNCTION not in line, job.lines)  # before pytest's own summary
+    failures = [line for line in came if line.startswith("FAILED ")]
+    only_here = {name: found for name, found in functions.items() if NEVER_SKIPPED.search(name)}
+    skipped = [f"{name}: {n['skipped']} skipped, which must run here" for name, n in only_here.items() if n["skipped"]]
+    verdict, wrong = ended(job, "pytest failed")
+    if failures or skipped:
+        verdict = "failed"
+    elif verdict == "passed" and not only_here:
+        verdict, wrong = "failed", ["no test that only a GPU can run was selected"]
+    table = [f"{name}: {', '.join(f'{n} {what}' for what, n in found.items())}" for name, found in functions.items()]
+    counts = dict(sum(functions.values(), Counter()))
+    return Outcome(verdict, counts, notes + wrong + skipped + failures[:20], table)
 
 
-def tests(check: Check) -> Outcome:
-    return run_pytest(check, "tests", f"not {BITS} and not {GRAPHS}", none_skipped=False)
+def outcomes(text: str) -> dict[str, Counter[str]]:
+    """What ``--by-function`` prints (tests/progress.py)."""
+    found = re.findall(r"^(\S+::\w+): (\d+ \w+(?:, \d+ \w+)*)$", text, re.MULTILINE)
+    return {name: Counter({what: int(n) for n, what in re.findall(r"(\d+) (\w+)", told)}) for name, told in found}
 
 
-def bits(check: Check) -> Outcome:
-    return run_pytest(check, "bits", BITS, none_skipped=True)
-
-
-def graphs(check: Check) -> Outcome:
-    return run_pytest(check, "graphs", GRAPHS, none_skipped=True)
+def nsight_compute(check: Check) -> Outcome:
+    notes, program = lacking("ncu"), toolkit_program("ncu")
+    cases = "B=1" if check.dry_run else "B=32"
+    call = script("gpu_profile.py", "--once", "--device", check.device, "--cases", cases)
+    if check.dry_run:
+        job = Job(call)
+        check.run(job)
+        verdict, wrong = ended(job, "gpu_profile.py failed")
+        return Outcome(verdict, notes=notes + wrong)
+    if notes:
+        return Outcome("skipped", notes=notes)
+    job = Job(ncu.command(program, [*call, "--seconds", str(check.left * 0.7)]), show=ncu.complaint)
+    check.run(job)
+    rows = ncu.read(job.text)
+    table = ncu.table(rows)
+    print("\n".join(table), flush=True)
+    verdict, wrong = ended(job, "ncu failed")
+    if verdict == "passed" and not any(row["us"] for row in rows):
+        verdict, wrong = "failed", ["ncu measured nothing"]
+    if verdict != "passed":
+        wrong += list(filter(ncu.complaint, job.lines))[:5] or job.lines[-5:]
+    return Outcome(verdict, {"kernels": len(rows)}, wrong, table)
 
 
 def sanitize(check: Check) -> Outcome:
     if notes := lacking("nvcc"):
         return Outcome("skipped", notes=notes)
-    log = check.log("sanitizer")
-    end = monotonic() + check.limit
     program = toolkit_program("compute-sanitizer")
+    notes = lacking("compute-sanitizer")
     with tempfile.TemporaryDirectory() as folder:
         faults = Path(folder) / "gpu_faults.so"
         capability = (check.conditions["capability"] or "9.0").replace(".", "")
-        compiled = Job(sanitizer.compile_command(toolkit_program("nvcc"), faults, capability), log)
-        run(end - monotonic(), compiled)
+        compiled = Job(sanitizer.compile_command(toolkit_program("nvcc"), faults, capability))
+        check.run(compiled)
         if compiled.status != 0:
-            return Outcome("failed", notes=["the planted faults do not compile: the log tells why"])
+            return Outcome("failed", notes=["the planted faults do not compile"])
         if check.dry_run:
             sanitizer.check_faults(faults)
-            called = Job(sanitizer.calls_command("cpu"), log)
-            run(end - monotonic(), called)
-            done, total, failed = sanitizer.calls_made(called.text)
-            good = called.status == 0 and 0 < done == total and not failed
-            notes = sanitizer.refused_options(program) if program else lacking("compute-sanitizer")
-            refused = bool(program and notes)
-            return Outcome("passed" if good and not refused else "failed", {"calls": done}, notes)
-        if not program:
-            return Outcome("skipped", notes=lacking("compute-sanitizer"))
-        # A call that has begun is not broken off, and Python and torch start slowly under the tools.
-        seconds = (end - monotonic()) * 0.6
-        jobs = {
-            tool: Job(sanitizer.command(program, tool, seconds, faults), Path(folder) / tool, sanitizer.ENVIRONMENT)
-            for tool in sanitizer.TOOLS
-        }
-        run(end - monotonic(), *jobs.values())
-        tools = {tool: sanitizer.judge(job.text, job.status) for tool, job in jobs.items()}
-        for tool, job in jobs.items():
-            shorten(job.log)
-            with log.open("a") as file:
-                file.write(f"\n==== {tool}: {tools[tool]['verdict']}\n{job.text}")
+            job = Job(sanitizer.calls_command("cpu"))
+            check.run(job)
+            done, total, failed = sanitizer.calls_made(job.text)
+            refused = sanitizer.refused_options(program) if program else []
+            good = job.status == 0 and 0 < done == total and not failed and not refused
+            return Outcome("passed" if good else "failed", {"calls": done}, notes + refused)
+        if notes:
+            return Outcome("skipped", notes=notes)
+        tools: dict[str, dict[str, Any]] = {}
+        first = 75 / LIMITS["sanitizer"] * check.left
+        for pair, limit in ((sanitizer.TOOLS[:2], first), (sanitizer.TOOLS[2:], check.left)):
+            limit = min(limit, check.left)
+            # A call that has begun is not broken off, and Python and torch start slowly under the tools.
+            jobs = [sanitizer.job(program, tool, limit * 0.6, faults) for tool in pair]
+            check.run(*jobs, limit=limit)
+            for job in jobs:
+                tools[job.name] = sanitizer.judge(job.text, job.status)
+                print(f"{job.name}: {tools[job.name]['verdict']}", flush=True)
     verdicts = {found["verdict"] for found in tools.values()}
     verdict = "passed" if verdicts == {"clean"} else "timed out" if verdicts <= {"clean", "timed out"} else "failed"
     counts = {"clean": sum(found["verdict"] == "clean" for found in tools.values())}
-    counts |= {f"{tool} calls": found["calls"] for tool, found in tools.items()}
     notes = [f"{tool}: {found['verdict']}" for tool, found in tools.items() if found["verdict"] != "clean"]
-    return Outcome(verdict, counts, notes, {"tools": tools})
+    table = [
+        f"{tool:<10} {found['calls']} of {found['total']} calls: {found['verdict']}" for tool, found in tools.items()
+    ]
+    return Outcome(verdict, counts, notes, table, {"tools": tools})
 
 
 def benchmark(check: Check) -> Outcome:
-    file = check.out / f"{check.stem}-benchmark.json"
+    file = check.file("benchmark.json")
     file.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--json", str(file)]
+    command = script("run.py", "--device", check.device, "--json", file)
     if check.dry_run:
         command += ["--quick", "--no-compile", "--ops", "decode"]
-    else:
-        command += ["--device", "cuda"] + ([] if check.full else ["--quick", "--no-compile"])
-    job = Job(command, check.log("benchmark"), {"SSD_EXT_COMMIT": check.conditions["commit"]})
-    run(check.limit, job)
+    elif not check.full:
+        command += ["--quick", "--no-compile", "--ops", *BENCHMARK]
+        command += ["--cases", *(case for cases in BENCHMARK.values() for case in cases)]
+    commit = check.conditions["commit"] or f"sources {check.conditions['sources']}"
+    job = Job(command, {"SSD_EXT_COMMIT": commit})
+    check.run(job)
     made = json.loads(file.read_text()) if file.is_file() else {"results": []}
     ours = [result for result in made["results"] if "ratios" in result]
     counts = {"cases": len(made["results"]), "timed": len(ours)}
     counts["fastest"] = sum(min(result["ratios"].values(), default=1) >= 1 for result in ours)
-    notes = [roofline(result) for result in ours]
+    table = [roofline(result) for result in ours]
     if ours:
-        notes.append(f"the device copies {made['conditions']['memory_gb_per_s']:.0f} GB/s; {file.name} holds the rest")
-    if job.status is None:
-        return Outcome("timed out", counts, notes)
-    if job.status != 0:
-        return Outcome("failed", counts, [*notes, "an op of ours is wrong or failed, or run.py stopped: see the log"])
-    return Outcome("passed", counts, notes)
+        table.append(f"the device copies {made['conditions']['memory_gb_per_s']:.0f} GB/s; {file.name} holds the rest")
+    verdict, notes = ended(job, "an op of ours is wrong or failed, or run.py stopped: see the log")
+    return Outcome(verdict, counts, notes, table)
 
 
 def roofline(result: dict[str, Any]) -> str:
     """One of run.py's results as a line: our time, its share of the copy rate, and the best peer."""
-    (ours,) = (row for row in result["contenders"] if row["name"] == "ssd_ext")
+    rows = {row["name"]: row for row in result["contenders"]}
     peer = result["best_peer"]
-    line = f"{result['op']}, {result['case']}: {ours['median_ms']:.4f} ms, {result['gb_per_s']:.0f} GB/s, "
-    line += f"{result['memory_share']:.0%} of the copy rate"
+    line = f"{result['op']}, {result['case']}: {rows['ssd_ext']['median_ms']:.4f} ms, "
+    if "median_ms" in rows.get("CUDA graph", {}):
+        line += f"in a CUDA graph {rows['CUDA graph']['median_ms']:.4f} ms, "
+    line += f"{result['gb_per_s']:.0f} GB/s, {result['memory_share']:.0%} of the copy rate"
     return line + (f", {result['ratios'][peer]:.1f}x as fast as {peer}" if peer else "")
 
 
 STAGES: dict[str, Callable[[Check], Outcome]] = {
+    "facts": facts,
     "build": build,
-    "tests": tests,
-    "bits": bits,
-    "graphs": graphs,
+    "smoke": smoke,
+    "profile": profile,
+    "cuda": cuda,
+    "ncu": nsight_compute,
     "sanitizer": sanitize,
     "benchmark": benchmark,
 }
@@ -421,11 +376,11 @@ STAGES: dict[str, Callable[[Check], Outcome]] = {
 
 
 def earlier_stages(file: Path, under: dict[str, Any]) -> dict[str, Any]:
-    """The stages of an earlier run on the same GPU, commit and torch; of an unknown or changed tree, none."""
-    if not file.is_file() or under["commit"] == "unknown" or under["commit"].endswith("-dirty"):
+    """The stages of an earlier run of the same sources on the same GPU and torch."""
+    if not file.is_file():
         return {}
     record = json.loads(file.read_text())
-    same = all(record["conditions"][key] == under[key] for key in ("gpu", "commit", "torch", "dry_run"))
+    same = all(record["conditions"][key] == under[key] for key in ("gpu", "sources", "torch", "dry_run"))
     return record["stages"] if same else {}
 
 
@@ -448,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check what needs no GPU; takes under 3 minutes")
     parser.add_argument("--full", action="store_true", help="benchmark all cases, and torch.compile; needs --limit")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each stage, instead of its own")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON and logs (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON and log (default: benchmarks/results)")
     args = parser.parse_args(arguments)
     for name in args.stages:
         if name not in STAGES:
@@ -464,41 +419,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_all(args: argparse.Namespace, out: Path) -> int:
-    under = conditions(args.dry_run)
+    under = conditions(args.dry_run, limit(args, "facts"))
     if not under["gpu"] and not args.dry_run:
         sys.exit("gpu_check: torch sees no GPU here; --dry-run checks what needs none")
     gpu = "dry-run" if args.dry_run else re.sub(r"[^a-z0-9]+", "-", under["gpu"].lower()).strip("-")
     check = Check(under, out, f"{under['date'][:10]}-{gpu}", args.dry_run, args.full)
-    file = out / f"{check.stem}-check.json"
+    file = check.file("check.json")
     record = {"conditions": under, "stages": earlier_stages(file, under)}
-    print(", ".join(f"{key} {value}" for key, value in under.items() if value is not None), flush=True)
+    done: dict[str, Any] = {}
+    try:
+        for name in STAGES:
+            if args.stages and name not in args.stages:
+                continue
+            seconds = limit(args, name)
+            print(f"\n==== {name} (at most {seconds:.0f} s)", flush=True)
+            start = monotonic()
+            check.end = start + seconds
+            row = {"verdict": "running", "seconds": 0.0, "counts": {}, "notes": [], "table": []}
+            record["stages"][name] = done[name] = row
+            write_json(file, record)
+            try:
+                outcome = STAGES[name](check)
+            except Exception as e:
+                outcome = Outcome("failed", notes=[f"gpu_check.py itself: {type(e).__name__}: {e}"])
+            row |= {key: getattr(outcome, key) for key in ("verdict", "counts", "notes", "table")} | outcome.more
+            row["seconds"] = round(monotonic() - start, 1)
+            write_json(file, record)
+            for note in outcome.notes:
+                print(f"{name}: {note}")
+            print(f"---- {name}: {outcome.verdict}, {row['seconds']} s", flush=True)
+            if outcome.stop:
+                print("gpu_check: stops here, as nothing that follows could work")
+                break
+    finally:
+        for name, row in done.items():
+            if row["table"]:
+                print("\n".join([f"\n==== {name}", *row["table"]]))
+        wrong = [f"{name}: {note}" for name, row in done.items() if row["verdict"] != "passed" for note in row["notes"]]
+        print("\n".join([f"\n{file}", *wrong, table(done)]), flush=True)
+    return exit_status([row["verdict"] for row in done.values()])
 
-    chosen = [name for name in STAGES if name in args.stages or not args.stages]
-    for name in chosen:
-        check.limit = args.limit or LIMITS[name] * (3 if args.dry_run else 1)  # a dry run may have but one core
-        print(f"\n==== {name} (at most {check.limit:.0f} s)", flush=True)
-        check.log(name).unlink(missing_ok=True)
-        start = monotonic()
-        record["stages"][name] = {"verdict": "running", "seconds": 0.0, "counts": {}, "notes": []}
-        write_json(file, record)
-        try:
-            outcome = STAGES[name](check)
-        except Exception as e:
-            outcome = Outcome("failed", notes=[f"gpu_check.py itself: {type(e).__name__}: {e}"])
-        seconds = round(monotonic() - start, 1)
-        row = {"verdict": outcome.verdict, "seconds": seconds, "counts": outcome.counts, "notes": outcome.notes}
-        record["stages"][name] = row | outcome.more
-        write_json(file, record)
-        if check.log(name).is_file():
-            shorten(check.log(name))
-            lines = check.log(name).read_text(errors="replace").splitlines()
-            print("\n".join(lines[-3 if outcome.verdict == "passed" else -40 :]))
-        for note in outcome.notes:
-            print(f"{name}: {note}")
-        print(f"---- {name}: {outcome.verdict}, {seconds} s", flush=True)
 
-    print(f"\n{file}\n{table({name: record['stages'][name] for name in chosen})}", flush=True)
-    return exit_status([record["stages"][name]["verdict"] for name in chosen])
+def limit(args: argparse.Namespace, name: str) -> float:
+    return args.limit or LIMITS[name] * (3 if args.dry_run else 1)  # a dry run may have but one core
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Everything that only a GPU can tell, in under 9 minutes and without a network:
 #   benchmarks/gpu_check.sh [--dry-run] [--full] [--out DIR] [STAGE...]
-# The stages, by default all: build tests bits graphs sanitizer benchmark. See gpu_check.py.
+# The stages, by default all: facts build smoke profile cuda ncu sanitizer benchmark. See gpu_check.py.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3} # the one that holds torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -33,6 +34,17 @@ def commit() -> str | None:
     """Of the tree; where it was copied without .git, what SSD_EXT_COMMIT tells."""
     told = ask("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
     return told or os.environ.get("SSD_EXT_COMMIT") or None
+
+
+def sources() -> str:
+    """A hash of what is built, tested and measured; the same for the same tree, with git or without."""
+    found = hashlib.sha256()
+    for name in ("CMakeLists.txt", "csrc", "ssd_ext", "benchmarks", "tests"):
+        for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
+            kept = path.suffix in (".txt", ".cpp", ".cu", ".h", ".inl", ".py", ".json") and "results" not in path.parts
+            if kept and path.is_file():
+                found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def write_json(file: Path, value: Any) -> None:

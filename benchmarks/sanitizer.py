@@ -16,8 +16,11 @@ import ctypes
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.jobs import Job
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOLDER = Path(__file__).resolve().parent
@@ -57,9 +60,22 @@ def options(tool: str) -> list[str]:
     return chosen
 
 
-def command(program: str, tool: str, seconds: float, faults: Path) -> list[str]:
+def job(program: str, tool: str, seconds: float, faults: Path) -> Job:
     calls = [*calls_command("cuda"), "--seconds", f"{seconds:.0f}", "--plant", str(faults), tool]
-    return [program, *options(tool), *calls]
+    return Job([program, *options(tool), *calls], ENVIRONMENT, show=of_ours(), name=tool)
+
+
+def of_ours() -> Callable[[str], str | None]:
+    """What to show of a tool's lines: where a kernel of ours errs, once each, and calls that raised."""
+    shown = set()
+
+    def show(line: str) -> str | None:
+        if line in shown or not (line.startswith("FAILED") or (OURS in line and PLANTED not in line)):
+            return None
+        shown.add(line)
+        return line.strip("= ")
+
+    return show
 
 
 def refused_options(program: str) -> list[str]:

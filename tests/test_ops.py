@@ -110,7 +110,7 @@ def test_cuda_gives_the_cpu_result(op, case, gpu, generator):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_cuda_gives_the_cpu_result_at_full_size(op, gpu, generator):
-    inputs = op.full_size(generator) if op.full_size else op.scaling(2)
+    inputs = op.full_size_case.make(generator)
     assert max(size for t in tensors_in(inputs) for size in t.shape) >= 8732
     assert_same_bits(gpu(op.op, inputs), op.op(**inputs))
 

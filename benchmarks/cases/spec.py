@@ -89,6 +89,11 @@ class Op:
 
         return both
 
+    @property
+    def full_size_case(self) -> Case:
+        """One as large as a detector's, of two images or so: an emulated GPU can bear it."""
+        return Case("full size", self.full_size or (lambda g: self.scaling(2)))
+
     def traffic(self, inputs: Inputs, result: Any) -> int:
         """Bytes that must be read and written at the least: inputs and outputs once."""
         return sum(t.numel() * t.element_size() for t in (*tensors_in(inputs), *tensors_in(result)))

@@ -149,7 +149,7 @@ def run_room(room: str) -> None:
     for size, op, case, inputs in sorted(runs, key=lambda run: run[0]):
         check(op, case.name, inputs, seeds=1 if size > LARGE else 3)
     for op in ops:
-        inputs = op.full_size(torch.Generator().manual_seed(20)) if op.full_size else op.scaling(2)
+        inputs = op.full_size_case.make(torch.Generator().manual_seed(20))
         check(op, "full size", inputs, seeds=1)
     signal.setitimer(signal.ITIMER_PROF, 10 * SECONDS)
     os.chdir(ROOT_OF_TESTS)

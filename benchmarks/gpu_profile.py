@@ -1,0 +1,207 @@
+"""Where an op's time goes on a GPU: its kernels, the gaps between them, the host.
+
+    python benchmarks/gpu_profile.py [--device cpu] [--seconds 55] [--cases TEXT] [--json FILE]
+
+Prints the rates at which the device copies and fills memory, then for each case the median time of every kernel with
+an L2 that holds nothing of its data, of a CUDA graph's replay and of the host, all in microseconds; of the cases that
+have gradients, again with these. The most wanted cases come first. ``--once`` only calls each, for another profiler.
+
+``--json FILE`` writes, anew after each case::
+
+    {"rates": {"copy": 3000.0, "fill": 2900.0},       # GB/s; {} on the CPU, as are kernels; replay_us is null
+     "cases": [
+       {"op": "detect", "case": "trained, C=81 B=1", "gradients": false, "host_us": 31.0, "replay_us": 25.1,
+        "kernels": {"detect::visit_kernel<float>": {"us": 12.0, "launches": 1.0}, ...}}, ...]}   # launches a call
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from benchmarks.cases import OPS
+from benchmarks.cases.spec import Case, Inputs, Op, convert
+from benchmarks.ncu import short
+from benchmarks.record import write_json
+from benchmarks.timing import CudaClock, memory_rate, replay
+from ssd_ext import ops
+
+CASES = (  # the most wanted first
+    ("multibox_loss", "SSD300 B=32"),
+    ("detect", "trained, C=81 B=32"),
+    ("assign_targets", "SSD300 synthetic B=32, last"),
+    ("hard_negatives", "SSD300 B=32"),
+    ("multibox_loss", "SSD300 B=1"),
+    ("detect", "trained, C=81 B=1"),
+    ("nms", "random N=1000"),
+    ("multibox_loss", "SSD300 B=8"),
+    ("detect", "trained, C=81 B=8"),
+    ("nms", "random N=20000"),
+    ("batched_nms", "random N=20000, 80 classes"),
+    ("soft_nms_padded", "clustered N=1000 linear"),
+    ("detect", "untrained, C=81 B=8"),
+    ("assign_targets", "SSD300 60 gts B=32"),
+    ("hard_negatives", "SSD300 B=1"),
+    ("multibox_loss", "SSD300 B=32 C=21"),
+    ("encode", "SSD300 B=32"),
+    ("decode", "SSD300 B=32"),
+    ("box_iou", "N=100 M=8732"),
+)
+# In these the length of the output depends on the data, which a graph cannot have; the kernels are the same.
+PADDED = {"nms": ops.nms_padded, "batched_nms": ops.nms_padded}
+CALLS = 10  # profiled
+
+
+def find(op_name: str, case_name: str) -> tuple[Op, Case]:
+    op = next(op for op in OPS if op.name == op_name)
+    return op, next(case for case in op.cases if case.name == case_name and not case.backward)
+
+
+def flat(inputs: Inputs) -> Inputs:
+    """Ground truth as ``(boxes, offsets)``, which a graph can have, instead of lists."""
+    if not isinstance(inputs.get("gt_boxes"), list):
+        return inputs
+    boxes = inputs["gt_boxes"]
+    offsets = torch.tensor([0, *map(len, boxes)]).cumsum(0)
+    return inputs | {"gt_boxes": (torch.cat(boxes), offsets), "gt_labels": torch.cat(inputs["gt_labels"])}
+
+
+def kernel_times(events: Iterable[tuple[str, float]], calls: int) -> dict[str, dict[str, float]]:
+    """Median, and launches a call, of each kernel among ``(name, microseconds)``."""
+    times = defaultdict(list)
+    for name, us in events:
+        times[short(name)].append(us)
+    return {name: {"us": median(taken), "launches": len(taken) / calls} for name, taken in times.items()}
+
+
+def gpu_events(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """``(name, microseconds)`` of all that runs on the GPU in ``CALLS`` calls."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(event.name, event.time_range.elapsed_us()) for event in on_gpu]
+
+
+@cache
+def eviction() -> tuple[Callable[[], Any], set[str]]:
+    """A call that leaves nothing of an op in L2, and the names of its kernels. It reads: were it to write, the next
+    kernel would wait for that to reach memory.
+    """
+    evict = torch.ones(torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int32, device="cuda").amax
+    return evict, {name for name, _ in gpu_events(evict)}
+
+
+def profile(call: Callable[[], Any]) -> dict[str, dict[str, float]]:
+    evict, known = eviction()
+    events = gpu_events(lambda: (evict(), call()))
+    return kernel_times([event for event in events if event[0] not in known], CALLS)
+
+
+def microseconds(call: Callable[[], Any], calls: int) -> float:
+    """Of the device for one of ``calls`` in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3 / calls
+
+
+def host_microseconds(call: Callable[[], Any], calls: int) -> float:
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    return (perf_counter() - start) * 1e6 / calls
+
+
+def measure(call: Callable[[], Any], cuda: bool) -> dict[str, Any]:
+    for _ in range(3 if cuda else 1):
+        call()
+    if not cuda:
+        return {"host_us": host_microseconds(call, 1), "replay_us": None, "kernels": {}}
+    found = {"kernels": profile(call), "replay_us": microseconds(replay(call), 50)}
+    torch.cuda.synchronize()
+    return found | {"host_us": host_microseconds(call, 20)}
+
+
+def lines(row: dict[str, Any], known: Iterable[str]) -> list[str]:
+    """A row as text; kernels that are ``known`` are left out."""
+    kernels = row["kernels"]
+    total = sum(k["us"] * k["launches"] for k in kernels.values())
+    what = f"{row['op']}, {row['case']}" + (", and gradients" if row["gradients"] else "")
+    replayed = "" if row["replay_us"] is None else f"kernels {total:.1f}, replay {row['replay_us']:.1f}, "
+    new = sorted(kernels.keys() - known, key=lambda name: -kernels[name]["us"] * kernels[name]["launches"])
+    return [f"{what}: {replayed}host {row['host_us']:.0f} us"] + [
+        f"{kernels[name]['us']:9.1f} x {kernels[name]['launches']:<4g} {name[:70]}" for name in new
+    ]
+
+
+def rates() -> dict[str, float]:
+    target = torch.empty(64 << 20, device="cuda")
+    target.zero_()
+    fill = target.nbytes / min(microseconds(target.zero_, 1) for _ in range(5)) * 1e-3
+    return {"copy": memory_rate(CudaClock(flush_l2=False)) * 1e-9, "fill": fill}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Where an op's time goes on a GPU.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after these")
+    parser.add_argument("--cases", default="", metavar="TEXT", help="only those in whose name it stands")
+    parser.add_argument("--once", action="store_true", help="call each case once and measure nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    cuda, start, failed = args.device == "cuda", perf_counter(), 0
+    made: dict[str, Any] = {"rates": rates() if cuda and not args.once else {}, "cases": []}
+    for name, rate in made["rates"].items():
+        print(f"{name}: {rate:.0f} GB/s", flush=True)
+    for op, case in [find(*names) for names in CASES if args.cases in names[1]]:
+        if perf_counter() - start > args.seconds:
+            print(f"no time for {op.name}, {case.name} and what follows", flush=True)
+            break
+        inputs = convert(flat(case.make(torch.Generator().manual_seed(20))), device=args.device)
+        inputs = op.with_leaves(inputs)
+        known: set[str] = set()
+        for gradients in (False, True) if op.differentiable else (False,):
+            call = partial(PADDED.get(op.name, op.op), **inputs)
+            call = op.with_gradients(call, inputs) if gradients else torch.no_grad()(call)
+            if args.once:
+                if gradients or not op.differentiable:
+                    call()
+                continue
+            row = {"op": op.name, "case": case.name, "gradients": gradients}
+            try:
+                row |= measure(call, cuda)
+            except Exception as e:
+                failed += 1
+                print(f"FAILED: {op.name}, {case.name}: {type(e).__name__}: {e}", flush=True)
+                continue
+            print("\n".join(lines(row, known)), flush=True)
+            known |= row["kernels"].keys()
+            made["cases"].append(row)
+            if args.json:
+                write_json(args.json, made)
+    if cuda:
+        torch.cuda.synchronize()
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
