@@ -148,7 +148,7 @@ def cases_of(op: Op, device: str, quick: bool) -> Iterator[tuple[Case, bool]]:
         elif device != "emulated" and (case.quick or not quick):  # they are too large for the emulator
             yield case, True
     if device == "emulated" and not quick:
-        yield Case("full size", op.full_size or (lambda g: op.scaling(2)), dtypes=(torch.float32,)), False
+        yield op.full_size_case, False
 
 
 def compare(op: Op, case: Case, timed: bool, pairs: list[Pair], plan: Plan, found: Found) -> None:
@@ -207,11 +207,12 @@ def unlike(old: Outputs, new: Outputs) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def difference(old: Tensor, new: Tensor) -> str | None:
+def difference(old: Tensor, new: Tensor, names: tuple[str, str] = ("old", "new")) -> str | None:
     """None where both are the same to the bit."""
+    a, b = names
     if (old.shape, old.dtype) != (new.shape, new.dtype):
         described = [f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in (old, new)]
-        return f"{described[0]} in the old, {described[1]} in the new"
+        return f"{described[0]} in the {a}, {described[1]} in the {b}"
     differs = old != new
     if old.is_floating_point():
         differs |= old.signbit() != new.signbit()
@@ -221,7 +222,7 @@ def difference(old: Tensor, new: Tensor) -> str | None:
         return None
     first = places[0].tolist()
     before, after = (t[tuple(first)].item() for t in (old, new))
-    return f"{len(places)} of {old.numel()} elements, first at {first}: {before!r} in the old, {after!r} in the new"
+    return f"{len(places)} of {old.numel()} elements, first at {first}: {before!r} in the {a}, {after!r} in the {b}"
 
 
 def compare_builds(

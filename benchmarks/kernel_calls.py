@@ -26,6 +26,7 @@ if not __package__:  # run as a script
 
 import torch
 
+from benchmarks.base import difference
 from benchmarks.cases import OPS
 from benchmarks.cases.spec import EXACT, Case, Inputs, Op, convert, tensors_in
 
@@ -71,23 +72,15 @@ def call_all(device: str, seconds: float) -> tuple[int, int]:
 
 def compare(op: Op, device: str) -> str:
     """``OK``, or what is wrong."""
-    for case, dtypes in ((op.cases[0], op.cases[0].dtypes), (op.full_size_case, [torch.float32])):
+    for case in (op.cases[0], op.full_size_case):
         made = case.make(torch.Generator().manual_seed(SEED))
-        for dtype in dtypes:
+        for dtype in case.dtypes:
             inputs = convert(made, dtype)
-            expected = list(tensors_in(outputs(op, inputs, "cpu")))
-            for i, (a, b) in enumerate(zip(tensors_in(outputs(op, inputs, device)), expected, strict=True)):
-                if wrong := differing(a, b):
-                    return f"BITS DIFFER in {wrong} of {b.numel()} elements of output {i}: {case.name}, {dtype}"
+            both = (tensors_in(outputs(op, inputs, where)) for where in ("cpu", device))
+            for i, (expected, found) in enumerate(zip(*both, strict=True)):
+                if text := difference(expected, found, names=("CPU's", "GPU's")):
+                    return f"BITS DIFFER, {case.name}, {dtype}, output {i}: {text}"
     return "OK"
-
-
-def differing(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many elements differ to the bit, any two NaN aside; all where shape or dtype does."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return b.numel() or 1
-    unequal = (a != b) | (a.signbit() != b.signbit() if a.is_floating_point() else False)
-    return int((unequal & ~(a.isnan() & b.isnan())).sum())
 
 
 def compare_all(device: str, after: str | None) -> int:

@@ -132,6 +132,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in args.cases or []:
         if name not in known:
             parser.error(f"argument --cases: no such case: {name!r} (choose from {', '.join(sorted(known))})")
+    if args.cases and (args.base or args.scaling):
+        parser.error("argument --cases: not with --base or --scaling, which have their own")
     if args.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():

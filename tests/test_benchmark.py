@@ -191,6 +191,7 @@ def test_scaling_checks_and_times_every_batch():
     [
         (["--ops", "enocde"], "invalid choice: 'enocde'"),
         (["--ops", "decode", "--cases", "SSD300"], "no such case: 'SSD300'"),
+        (["--cases", "SSD300 B=8", "--scaling", "decode"], "not with --base or --scaling"),
         (["--threads", "0"], "must be at least 1, got 0"),
         (["--plot", "picture.gif"], "must end in .png or .svg, got picture.gif"),
         (["--json", "no/such/place.json"], "no such directory"),

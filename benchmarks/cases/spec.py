@@ -92,7 +92,7 @@ class Op:
     @property
     def full_size_case(self) -> Case:
         """One as large as a detector's, of two images or so: an emulated GPU can bear it."""
-        return Case("full size", self.full_size or (lambda g: self.scaling(2)))
+        return Case("full size", self.full_size or (lambda g: self.scaling(2)), dtypes=(torch.float32,))
 
     def traffic(self, inputs: Inputs, result: Any) -> int:
         """Bytes that must be read and written at the least: inputs and outputs once."""
