@@ -138,9 +138,10 @@ def ended(job: Job, failed: str) -> tuple[str, list[str]]:
 
 
 def facts(check: Check) -> Outcome:
-    table = [f"{name + ':':<18}{fact}" for name, fact in check.conditions.items() if fact]
-    print("\n".join(table), flush=True)
-    return Outcome("passed", table=table)
+    for name, fact in check.conditions.items():
+        if fact:
+            print(f"{name + ':':<18}{fact}", flush=True)
+    return Outcome("passed")
 
 
 def build(check: Check) -> Outcome:
@@ -176,7 +177,7 @@ def build(check: Check) -> Outcome:
     if not re.search(r"^GPU: .*, covered by this build$", report.text, re.MULTILINE):
         notes = ["what was built does not load, or not cover this GPU"]
         return Outcome("failed", notes=notes, table=report.lines[-40:], stop=True)
-    return Outcome("passed", table=report.lines)
+    return Outcome("passed")
 
 
 def smoke(check: Check) -> Outcome:
@@ -420,10 +421,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check_all(args: argparse.Namespace, out: Path) -> int:
     under = conditions(args.dry_run, limit(args, "facts"))
-    if not under["gpu"] and not args.dry_run:
-        sys.exit("gpu_check: torch sees no GPU here; --dry-run checks what needs none")
-    gpu = "dry-run" if args.dry_run else re.sub(r"[^a-z0-9]+", "-", under["gpu"].lower()).strip("-")
+    gpu = "dry-run" if args.dry_run else re.sub(r"[^a-z0-9]+", "-", str(under["gpu"]).lower()).strip("-")
     check = Check(under, out, f"{under['date'][:10]}-{gpu}", args.dry_run, args.full)
+    if not under["gpu"] and not args.dry_run:
+        facts(check)
+        sys.exit("gpu_check: torch sees no GPU here; --dry-run checks what needs none")
     file = check.file("check.json")
     record = {"conditions": under, "stages": earlier_stages(file, under)}
     done: dict[str, Any] = {}

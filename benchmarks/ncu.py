@@ -22,10 +22,10 @@ NOT_STALLED = ("selected", "not_selected")  # it issues; it could, but another o
 
 def command(program: str, call: list[str]) -> list[str]:
     # The clocks are the machine's, which others may share.
-    options = ["--clock-control=none", "--target-processes=application-only", "--section=WarpStateStats"]
-    options += ["--kernel-name-base=demangled", "--kernel-name=regex:.*ssd_ext.*"]
-    options += [f"--metrics={','.join(name for _, _, name, _ in COLUMNS)}"]
-    return [program, *options, "--csv", "--page=raw", "--print-units=base", *call]
+    options = ["--clock-control", "none", "--target-processes", "application-only", "--section", "WarpStateStats"]
+    options += ["--kernel-name-base", "demangled", "--kernel-name", "regex:.*ssd_ext.*"]
+    options += ["--metrics", ",".join(name for _, _, name, _ in COLUMNS)]
+    return [program, *options, "--csv", "--page", "raw", "--print-units", "base", *call]
 
 
 def complaint(line: str) -> str | None:
