@@ -6,7 +6,7 @@ a list of padded detections.
 ``python -m ssd_ext.env`` prints how this installation was built.
 """
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 import torch  # loads libtorch, which the extension module links to
 
@@ -26,7 +26,10 @@ from ssd_ext import ops, priors, reference  # noqa: E402
 from ssd_ext.loss import MultiBoxLoss  # noqa: E402
 from ssd_ext.ops.detect import unpad  # noqa: E402
 
-__version__ = _version("ssd_ext")
+try:
+    __version__ = _metadata.version("ssd_ext")
+except _metadata.PackageNotFoundError:
+    __version__ = "unknown"  # a tree in which CMake has built, not installed
 __all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference", "release_memory", "unpad"]
 
 

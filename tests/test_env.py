@@ -24,6 +24,21 @@ def test_report_tells_the_build_and_the_machine(simd):
     assert {"Python", "OS", "CPU", "threads", "torch's CUDA", "GPU", "compiler"} <= set(facts)
 
 
+def test_a_tree_that_is_built_but_not_installed_imports(python):
+    code = """
+from importlib import metadata
+known = metadata.version
+def version(name):
+    if name == "ssd_ext":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.version = version
+import ssd_ext
+print(ssd_ext.__version__)
+"""
+    assert python("-c", code).stdout == "unknown\n"
+
+
 @pytest.mark.slow
 def test_module_prints_it_and_names_a_forced_level(python):
     assert "baseline (forced by SSD_EXT_SIMD)" in python("-m", "ssd_ext.env", SSD_EXT_SIMD="baseline").stdout
