@@ -1,8 +1,8 @@
 """Builds another revision of this repository, for ``run.py --base``; no torch is needed.
 
-The sources are checked out by ``git worktree`` and built by the revision's own setup.py, with the options that
-this build was made with. The worktree is removed in any case; the built package stays in ``build/base``, under its
-commit and options, and is taken from there the next time. ``rm -r build/base`` frees the space.
+The sources are checked out by ``git worktree`` and built by the revision's own setup.py, with the options of this
+build that matter on the device. The worktree is removed in any case; the built package stays in ``build/base``,
+under its commit and options, and is taken from there the next time. ``rm -r build/base`` frees the space.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class RevisionError(Exception):
     """Why there is nothing to compare with, and the remedy, in a sentence."""
 
 
-def built(base: str, info: Mapping[str, str], cuda: bool) -> Base:
-    """A revision, which is built as ``info`` describes this build (``_C.build_info()``), without CUDA where that is not
-    wanted; or the folder of another tree, in which the extension has been built.
+def built(base: str, info: Mapping[str, str], device: str) -> Base:
+    """What to compare with: a revision, which is built, or the folder of another tree, in which that has been done.
+
+    The build is for ``device`` and otherwise like this one, which ``info`` describes (``_C.build_info()``).
     """
     tree = Path(base)
     if (tree / "ssd_ext").is_dir():
@@ -47,8 +48,9 @@ def built(base: str, info: Mapping[str, str], cuda: bool) -> Base:
             raise RevisionError(f"the extension is not built in {tree}: build it there, or name a revision")
         return Base(tree.resolve())
     commit = commit_of(base)
-    environment = options(info, cuda)
-    key = hashlib.sha256(repr([*sorted(info.items()), *sorted(environment.items()), sys.version]).encode())
+    environment = options(info, device)
+    tools = sys.version, info.get("torch_headers"), info.get("compiler"), info.get("cuda")
+    key = hashlib.sha256(repr([*sorted(environment.items()), *tools]).encode())
     kept = KEPT / f"{commit[:12]}-{key.hexdigest()[:8]}"
     if not is_built(kept):
         print(f"building {base} ({commit[:12]}), which is kept in {kept.relative_to(ROOT)}", file=sys.stderr)
@@ -77,13 +79,13 @@ def commit_of(revision: str) -> str:
     return commit
 
 
-def options(info: Mapping[str, str], cuda: bool) -> dict[str, str]:
-    """The environment in which setup.py makes a build like the one that ``info`` describes."""
-    cuda = cuda and "cuda" in info
-    environment = {"SSD_EXT_CUDA": "ON" if cuda or "emulator" in info else "OFF"}
-    if cuda:
+def options(info: Mapping[str, str], device: str) -> dict[str, str]:
+    """The environment in which setup.py makes, for ``device``, a build like the one that ``info`` describes."""
+    environment = {"SSD_EXT_CUDA": "OFF" if device == "cpu" else "ON", "SSD_EXT_EMULATE": ""}
+    if device == "cuda":
         environment["TORCH_CUDA_ARCH_LIST"] = ";".join(map(_architecture, info["cuda_architectures"].split(",")))
-    environment["SSD_EXT_EMULATE"] = info.get("emulator", "")
+    if device == "emulated":
+        environment["SSD_EXT_EMULATE"] = info["emulator"]
     environment["SSD_EXT_SANITIZE"] = "ON" if "sanitizers" in info else ""
     return environment
 

@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     try:
-        base = built(args.base, _C.build_info(), args.device == "cuda") if args.base else None
+        base = built(args.base, _C.build_info(), args.device) if args.base else None
     except RevisionError as e:
         parser.error(f"argument --base: {e}")
     # What torch.compile has to say about a reference is not this program's to report.

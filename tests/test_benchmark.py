@@ -453,35 +453,36 @@ def test_a_revision_is_built_once_and_like_this_build(repository):
         "pathlib.Path('ssd_ext/_C.so').write_text(told)\n"
     )
     info = {"cuda": "13.0", "cuda_architectures": "90-real,120"}
-    base = revision.built("HEAD", info, cuda=True)
+    base = revision.built("HEAD", info, "cuda")
     module = base.folder / "ssd_ext" / "_C.so"
     assert module.read_text() == "ON9.0;12.0+PTX"
     written = module.stat().st_mtime_ns
-    assert revision.built("HEAD", info, cuda=True) == base
+    assert revision.built("HEAD", info, "cuda") == base
     assert module.stat().st_mtime_ns == written
     assert base.folder.name.startswith(base.commit[:12])
-    assert revision.built("HEAD", info | {"cuda": "13.1"}, cuda=True) != base
+    assert revision.built("HEAD", info | {"cuda": "13.1"}, "cuda") != base
 
 
 def test_the_options_are_those_of_this_build():
-    cuda = {"cuda": "13.0", "cuda_architectures": "90"}
-    assert revision.options(cuda, cuda=False)["SSD_EXT_CUDA"] == "OFF"
-    assert revision.options(cuda, cuda=True)["TORCH_CUDA_ARCH_LIST"] == "9.0+PTX"
-    told = revision.options({"emulator": "CHECK", "sanitizers": "address"}, cuda=False)
-    assert told == {"SSD_EXT_CUDA": "ON", "SSD_EXT_EMULATE": "CHECK", "SSD_EXT_SANITIZE": "ON"}
+    info = {"cuda": "13.0", "cuda_architectures": "90", "emulator": "CHECK"}
+    plain = {"SSD_EXT_CUDA": "OFF", "SSD_EXT_EMULATE": "", "SSD_EXT_SANITIZE": ""}
+    assert revision.options(info, "cpu") == plain
+    assert revision.options(info | {"sanitizers": "address"}, "cpu") == plain | {"SSD_EXT_SANITIZE": "ON"}
+    assert revision.options(info, "emulated") == plain | {"SSD_EXT_CUDA": "ON", "SSD_EXT_EMULATE": "CHECK"}
+    assert revision.options(info, "cuda") == plain | {"SSD_EXT_CUDA": "ON", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
 
 
 def test_a_build_that_fails_leaves_its_log_and_nothing_else(repository, capsys):
     repository("import sys; sys.exit('no compiler')")
     with pytest.raises(revision.RevisionError, match=r"could not be built: the end of build/base/\w+-\w+\.log stands"):
-        revision.built("HEAD", {}, cuda=False)
+        revision.built("HEAD", {}, "cpu")
     assert "no compiler" in capsys.readouterr().err
 
 
 def test_a_build_that_is_ended_leaves_nothing(repository):
     repository("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)")
     with pytest.raises(SystemExit):
-        revision.built("HEAD", {}, cuda=False)
+        revision.built("HEAD", {}, "cpu")
     with pytest.raises(KeyboardInterrupt), revision.worktree("HEAD"):
         raise KeyboardInterrupt
 
@@ -498,4 +499,4 @@ def test_a_base_that_is_none_is_told_with_the_remedy(repository, tmp_path, monke
         assert f"argument --base: {message}" in capsys.readouterr().err
     monkeypatch.setattr(revision, "ROOT", tmp_path / "ssd_ext")
     with pytest.raises(revision.RevisionError, match="is not a git checkout"):
-        revision.built("HEAD", {}, cuda=False)
+        revision.built("HEAD", {}, "cpu")
