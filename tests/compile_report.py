@@ -76,7 +76,7 @@ EXACT = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 
 # Dynamic shared memory, which the launchers choose: the most bytes a block of theirs asks for.
 DYNAMIC_SHARED = {
-    "detect::select_kernel": 40 * 1024,  # the cached scores
+    "detect::finish_kernel": 40 * 1024,  # the cached scores of a class
     "mining::hard_negatives_kernel": 40 * 1024 + 1568,  # the cached keys, and struct Selection
     "multibox_loss::settle_kernel": 40 * 1024 + 2080,  # the cached keys, and struct Settling
 }

@@ -120,6 +120,11 @@ def _one_class_alone(inputs):
     inputs["logits"][..., 1] += 8
 
 
+def _first_image_untrained(inputs):
+    inputs["logits"][0] = 0
+    inputs["logits"][0, :, 1] = inputs["logits"][1, :, 1] / 10
+
+
 def _tied_scores(inputs):
     inputs["logits"].copy_(inputs["logits"].round())
 
@@ -163,6 +168,7 @@ _SMALL = [
     _case("P=1", 3, 1, 6, 0.0),
     _case("P=0", 2, 0, 6),
     _case("B=0", 0, 20, 6),
+    _case("B=19, 17,000 rows", 19, 901, 3, 8.0, dtypes=(torch.float32,)),
     # More priors than the GPU keeps scores of in shared memory, and more candidates than its lists hold.
     _case("P=24564", 1, 24564, 3, 8.0, dtypes=(torch.float32,), topk_per_class=20),
     _case("no candidate", 2, 60, 5, 30.0, dtypes=FLOATS),
@@ -171,11 +177,17 @@ _SMALL = [
     _case("few of each class", 2, 90, 8, 0.0, topk_per_class=4),
     _case("few of each class, ties at the cut", 2, 90, 8, 0.0, change=_tied_scores, topk_per_class=7),
     _case("one class alone", 2, 60, 9, change=_one_class_alone, topk_per_class=12, iou_threshold=0.9),
+    # More than the GPU visits together: of what is kept little and much, class by class and all classes together.
     _case("one class alone, 900 of it", 1, 900, 21, change=_one_class_alone, topk_per_class=600, **_WANT_ALL),
+    _case("the same, few kept", 1, 900, 21, change=_one_class_alone, topk_per_class=800, iou_threshold=0.0),
+    _case("the same, class-agnostic", 1, 400, 6, 2.0, topk_per_class=284, class_agnostic=True, **_WANT_ALL),
     _case("all scores equal", 2, 60, 12, change=_equal_scores, topk_per_class=30, max_detections=100),
     _case("all boxes equal", 2, 60, 7, 0.0, change=_equal_boxes),
     # More candidates than the first pass of the CPU keeps, and than a list of the GPU holds.
     _case("untrained", 1, 300, 17, 0.0, score_threshold=0.001, topk_per_class=60, max_detections=50),
+    _case("untrained in one image", 3, 300, 17, 9.0, change=_first_image_untrained, topk_per_class=20),
+    _case("untrained, B=16", 16, 3, 20, 0.0, dtypes=(torch.float32,), score_threshold=0.0, topk_per_class=1),
+    _case("untrained, sigmoid", 2, 300, 9, 0.0, activation="sigmoid", score_threshold=0.1, topk_per_class=30),
     _case("untrained, all boxes equal", 1, 1000, 8, 0.0, change=_equal_boxes, topk_per_class=50),
     _case("untrained, all equal", 1, 700, 8, change=_all_equal, topk_per_class=50),
     _case("one class leads", 1, 1400, 6, 0.0, change=_one_class_leads, topk_per_class=50, max_detections=100),
@@ -187,6 +199,7 @@ _SMALL = [
     _case("sigmoid C=1", 2, 80, 1, 0.0, activation="sigmoid", score_threshold=0.3),
     _case("sigmoid, NaN and Inf", 2, 40, 21, -3.0, change=_nan_and_infinite_logits, activation="sigmoid"),
     _case("score threshold 0", 2, 30, 5, 0.0, score_threshold=0.0),
+    _case("many classes of each prior", 1, 14, 150, 0.0, score_threshold=0.002),
     _case("score threshold 1", 2, 30, 5, score_threshold=1.0),
     _case("IoU threshold 0", 2, 60, 5, 1.0, iou_threshold=0.0),
     _case("IoU threshold 1", 2, 60, 5, 1.0, iou_threshold=1.0),

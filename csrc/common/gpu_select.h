@@ -62,10 +62,11 @@ struct Kth {
 };
 
 // Of key_at(0) .. key_at(n - 1), unsigned integers of kBits bits, at least k >= 1 of them above 0; n < 2^32.
-// All threads of the block call it. `counted`: their first digits are counted, and a barrier has passed.
-template <int kThreads, int kBits, class Key, class KeyAt>
+// All threads of the block call it, and each loads kAhead keys before it uses the first. `counted`: the first digits
+// are counted, and a barrier has passed. With `least` the result may cut off fewer than k, but at least so many.
+template <int kThreads, int kBits, int kAhead = 1, class Key, class KeyAt>
 __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared,
-                                 bool counted = false) {
+                                 bool counted = false, int64_t least = std::numeric_limits<int64_t>::max()) {
   static_assert(kBits % kDigitBits == 0);
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   Kth<Key> kth{0, k, n};
@@ -74,10 +75,18 @@ __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     if (!counted) {
       clear_counts<kThreads>(shared);
 #pragma unroll 1
-      for (int64_t begin = 0; begin < n; begin += kThreads) {
-        const int64_t i = begin + thread;
-        const Key key = i < n ? key_at(i) : Key(0);
-        count_digit(key, i < n && ((key ^ kth.key) >> shift >> kDigitBits) == 0, shift, shared);
+      for (int64_t begin = 0; begin < n; begin += kAhead * kThreads) {
+        Key keys[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          const int64_t i = begin + j * kThreads + thread;
+          keys[j] = i < n ? key_at(i) : Key(0);
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          const bool inside = begin + j * kThreads + thread < n;
+          count_digit(keys[j], inside && ((keys[j] ^ kth.key) >> shift >> kDigitBits) == 0, shift, shared);
+        }
       }
       __syncthreads();  // counts are complete
     }
@@ -97,7 +106,8 @@ __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     }
     __syncthreads();  // the prefix is written
     kth = {shared.prefix, shared.wanted, shared.found};
-    if (kth.found == kth.wanted) break;  // the same in every thread
+    if (kth.found == kth.wanted) break;                                       // the same in every thread
+    if (k - kth.wanted >= least) return {kth.key + (Key(1) << shift), 0, 0};  // those that begin so stay out
   }
   return kth;
 }

@@ -95,13 +95,12 @@ __device__ void merge_across_warps(Key* keys, int n, int run, int step) {
 // thread takes two at a time. Barriers: 1 for 128 keys, 5 for 512, 15 for 4,096.
 template <class Key>
 __device__ void sort_falling(Key* keys, int n) {
-  detail::merge_in_warps(keys, n, 2, kLeastSorted);
 #pragma unroll 1
-  for (int run = 2 * kLeastSorted; run <= n; run *= 2) {
+  for (int run = kLeastSorted; run <= n; run *= 2) {
     int step = run / 2;
     for (; step >= 2 * kLeastSorted; step /= 4) detail::merge_across_warps<4>(keys, n, run, step);
     if (step == kLeastSorted) detail::merge_across_warps<2>(keys, n, run, step);
-    detail::merge_in_warps(keys, n, run, run);
+    detail::merge_in_warps(keys, n, run == kLeastSorted ? 2 : run, run);
   }
 }
 

@@ -1,32 +1,42 @@
+// Logits to detections, in two launches after a memset of the counters. One pass over the logits appends every
+// candidate to its image's list, in any order: keys order them. A list has room for all candidates that can count,
+// topk_per_class of each class. Where more than that pass the threshold, the list is lost and made anew from the best
+// of each class.
+//   collect_kernel   half a warp a row of logits: candidates to the lists
+//   finish_kernel    one block an image visits its candidates, kChunk at a time; where the list is lost, several
+//                    blocks make it anew, and the last of them to finish visits it
+//
+// Ladder: microseconds for SSD300, C = 81, a trained network (300 candidates an image), at B = 32 and 1; then of an
+// untrained one, whose lists are lost, at B = 8. Predicted for an H100 from the instructions of sm_90; nothing is
+// measured yet.
+//   65-78, 25; 230  four launches; a sort with 45 barriers, tiles of 64 boxes with 3 each; the rank in its class of
+//                   each candidate by a loop over all; an atomic operation for every 16 classes of a row
+//   42-46, 11; 120  candidates are sorted by class, so that ranks are differences of positions and NMS within 32
+//                   candidates is the affair of a warp: 14 barriers an image; two boxes are tested without a quotient
+// What binds it: bytes in collect_kernel (31); in finish_kernel (6, whatever B is) the latency of one block: 2 for the
+// sorts, 1 for the boxes of 32 candidates against each other. With lost lists the instructions of radix selection.
 #include "detect/detect.h"
 
+#include "common/gpu_last_block.h"
 #include "common/gpu_select.h"
 #include "common/gpu_sort.h"
 #include "common/gpu_tile.h"
 
-// One pass over the logits appends every candidate to its image's list, in any order: keys order them. A
-// list has room for all candidates that can count, topk_per_class of each class. Where more than that
-// pass the threshold, the list is lost and made anew from the best of each class.
-//   clear_kernel     empties the lists
-//   collect_kernel   half a warp a row of logits: candidates to the lists
-//   select_kernel    one block a class of an image whose list is lost: its best, from the same scores
-//   visit_kernel     one block an image: candidates best first, kChunk sorted at a time, NMS of kTile at a time
 namespace ssd_ext::detect {
 namespace {
 
-using gpu::ballot_tile;
-using gpu::kTile;
-using gpu::Word;
-
 constexpr int kCollectThreads = 128;
-constexpr int kPairs = 4;  // of rows that a warp reads in collect_kernel, a row for each half
-constexpr int kRows = 2 * kPairs;
-constexpr int kSelectThreads = 512;
-constexpr size_t kMostCached = 40 * 1024;  // bytes of scores kept in shared memory; P = 8732 in float32 fits
-constexpr int kChunk = 512;
-constexpr int kVisitThreads = kChunk;
-constexpr int kVisitWarps = kVisitThreads / gpu::kWarp;
+constexpr unsigned kStaged = 2 * gpu::kWarp;  // candidates that a warp collects before it writes them
+constexpr int64_t kFewRows = 1 << 14;         // of logits, for which warps of one pair of rows each suffice
 static_assert(kSumLanes == gpu::kWarp / 2);
+
+constexpr int kChunk = 512;       // candidates that are visited together
+constexpr int kThreads = kChunk;  // of a block of finish_kernel
+constexpr int kWarps = kThreads / gpu::kWarp;
+constexpr int kAhead = 4;                  // values that a thread loads before it uses them
+constexpr int kKeptInShared = 256;         // boxes; where max_detections is larger, they lie in global memory
+constexpr int64_t kFinishBlocks = 256;     // of finish_kernel, where there are few images
+constexpr size_t kMostCached = 40 * 1024;  // bytes of scores kept in shared memory; P = 8732 in float32 fits
 
 template <class C>
 constexpr int kKeyBits = 8 * sizeof(C) + 32;
@@ -46,25 +56,33 @@ struct alignas(2 * sizeof(C)) RowStats {
   C greatest, sum;
 };
 
+// Of an image; 0 before collect_kernel.
+struct Counters {
+  unsigned found;   // candidates, of which the list may hold but a part
+  unsigned listed;  // keys in a list that was made anew
+  unsigned ticket;  // of the blocks that make it
+};
+
 template <class C>
 struct Workspace {
-  Key<C>* lists;        // [images, list_size]
-  C* kept_boxes;        // [images, K, 4]
-  RowStats<C>* rows;    // [images, priors], with softmax
-  unsigned* found;      // [images] candidates, of which a list may hold but a part
-  int32_t* kept_class;  // [images, K]
-  int64_t* visited;     // [images, classes] candidates of each class seen so far
+  Key<C>* lists;         // [images, list_size]
+  C* kept_boxes;         // [images, K, 4], if K > kKeptInShared
+  RowStats<C>* rows;     // [images, priors], with softmax
+  Counters* counters;    // [images]
+  int32_t* kept_labels;  // [images, K], if K > kKeptInShared
+  unsigned* visited;     // [images, classes] candidates of each class in earlier chunks, if there can be several
   size_t bytes;
 
   Workspace(void* base, const Inputs& in) {
     gpu::Scratch scratch{base};
     const Sizes& n = in.sizes;
-    kept_boxes = scratch.take<C>(n.images * in.params.max_detections * 4);
+    const int64_t kept = in.params.max_detections > kKeptInShared ? n.images * in.params.max_detections : 0;
+    kept_boxes = scratch.take<C>(kept * 4);
     lists = scratch.take<Key<C>>(n.images * list_size(in));
     rows = scratch.take<RowStats<C>>(in.params.sigmoid ? 0 : n.images * n.priors);
-    found = scratch.take<unsigned>(n.images);
-    kept_class = scratch.take<int32_t>(n.images * in.params.max_detections);
-    visited = scratch.take<int64_t>(n.images * n.classes);
+    counters = scratch.take<Counters>(n.images);
+    kept_labels = scratch.take<int32_t>(kept);
+    visited = scratch.take<unsigned>(list_size(in) > kChunk ? n.images * n.classes : 0);
     bytes = scratch.bytes;
   }
 };
@@ -94,83 +112,139 @@ __device__ __forceinline__ C max_of_lanes(C x) {
   return x;
 }
 
-__global__ void __launch_bounds__(kCollectThreads) clear_kernel(unsigned* __restrict__ found, int64_t images) {
-  const int64_t stride = int64_t(gridDim.x) * kCollectThreads;
-  for (int64_t b = gpu::global_index(); b < images; b += stride) found[b] = 0;
+// Warps that collect_kernel has for an image.
+template <int kPairs>
+SSD_EXT_HD int64_t tiles_of(int64_t priors) {
+  return (priors + 2 * kPairs - 1) / (2 * kPairs);
 }
 
-// One warp for kRows priors of an image.
-template <class T>
-__global__ void __launch_bounds__(kCollectThreads, 1)
-    collect_kernel(Inputs in, Workspace<gpu::Compute<T>> w, gpu::Compute<T> bound) {
-  using C = gpu::Compute<T>;
-  const C infinity = std::numeric_limits<C>::infinity(), threshold = C(in.params.score_threshold);
-  const bool is_sigmoid = in.params.sigmoid;
-  const int64_t priors = in.sizes.priors, tiles = (priors + kRows - 1) / kRows, size = list_size(in);
-  const int64_t tile = gpu::global_index() / gpu::kWarp, image = tile / tiles, first_row = tile % tiles * kRows;
-  if (image >= in.sizes.images) return;
-  const int lane = threadIdx.x % gpu::kWarp, half = lane / kSumLanes;
-  const int classes = int(in.sizes.classes), first = int(first_class(in.params)), own = lane % kSumLanes;
-  Key<C>* const list = w.lists + image * size;
-  const auto logit = [&](int64_t p, int c) { return at<T>(in.logits, image, p, c); };
+// Places for the lanes of a warp whose bit in `taken` is set, from *next on, which moves on.
+__device__ __forceinline__ unsigned next_slot(unsigned* next, unsigned taken) {
+  const int lane = int(threadIdx.x) % gpu::kWarp;
+  unsigned slot = 0;
+  if (lane == 0 && taken) slot = atomicAdd(next, unsigned(__popc(taken)));
+  return __shfl_sync(gpu::kFullMask, slot, 0) + __popc(taken & ((1u << lane) - 1));
+}
 
-  // Whether a row can have a candidate, of all rows together: many loads on their way at once.
-  C most[kPairs];
-  for (C& m : most) m = -infinity;
-  for (int c = first + own; c < classes; c += kSumLanes) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int64_t p = first_row + 2 * i + half;
-      most[i] = max_of(logit(p < priors ? p : priors - 1, c), most[i]);
-    }
+// ---- candidates to the lists ---------------------------------------------------------------------
+
+// A warp's candidates on their way to the list of their image: up to kStaged of them cost one atomic operation.
+template <class C>
+struct Stage {
+  Key<C>* keys;  // [kStaged], of this warp, in shared memory
+  unsigned* found;
+  Key<C>* list;
+  unsigned size;  // of the list
+  unsigned count = 0;
+  bool is_lost = false;  // the list, as *found says
+
+  // Of the lanes that are candidates, the keys. All lanes call it.
+  __device__ void add(bool is_candidate, Key<C> key) {
+    const unsigned passed = __ballot_sync(gpu::kFullMask, is_candidate);
+    if (passed == 0) return;
+    if (count + __popc(passed) > kStaged) flush();
+    const int lane = int(threadIdx.x) % gpu::kWarp;
+    if (is_candidate) keys[count + __popc(passed & ((1u << lane) - 1))] = key;
+    count += __popc(passed);
   }
-  unsigned alive = 0;  // bit i: the i-th row of this half
+
+  __device__ void flush() {
+    const int lane = int(threadIdx.x) % gpu::kWarp;
+    unsigned slot = 0;
+    if (lane == 0 && count > 0) slot = atomicAdd(found, count);
+    slot = __shfl_sync(gpu::kFullMask, slot, 0);
+    __syncwarp();  // the keys are written
+#pragma unroll 1
+    for (unsigned i = lane; i < count; i += gpu::kWarp) {
+      if (slot + i < size) list[slot + i] = keys[i];
+    }
+    __syncwarp();  // and read
+    is_lost = slot + count > size;
+    count = 0;
+  }
+};
+
+// Of the rows of this half of a warp, as bits: those that may have a candidate. All their logits are on their way at
+// once.
+template <int kPairs, class C, class Logit>
+__device__ unsigned rows_with_candidates(const Logit& logit, int first, int classes, bool is_sigmoid, C bound) {
+  C most[kPairs], background[kPairs];
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
-    const int64_t p = first_row + 2 * i + half;
-    const C greatest = max_of_lanes(most[i]);
-    if (p < priors && greatest - (is_sigmoid ? C(0) : logit(p, 0)) > bound) alive |= 1u << i;
+    most[i] = -std::numeric_limits<C>::infinity();
+    background[i] = is_sigmoid ? C(0) : logit(i, 0);
   }
+#pragma unroll 5
+  for (int c = first + int(threadIdx.x) % kSumLanes; c < classes; c += kSumLanes) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) most[i] = max_of(logit(i, c), most[i]);
+  }
+  unsigned rows = 0;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) rows |= unsigned(max_of_lanes(most[i]) - background[i] > bound) << i;
+  return rows;
+}
 
-  bool full = false;  // the list can take no more
+// Of a row, by half a warp; logit(c) is asked only where `is_wanted`.
+template <class C, class Logit>
+__device__ RowStats<C> stats_of_row(const Logit& logit, int classes, bool is_wanted) {
+  const int own = int(threadIdx.x) % kSumLanes, end = is_wanted ? classes : 0;
+  C greatest = -std::numeric_limits<C>::infinity(), sum = 0;
+  for (int c = own; c < end; c += kSumLanes) greatest = max_of(logit(c), greatest);
+  greatest = max_of_lanes(greatest);
+  for (int c = own; c < end; c += kSumLanes) sum += exp(logit(c) - greatest);
+  return {greatest, sum_of_lanes(sum)};
+}
+
+// A warp for 2 * kPairs priors of an image, each of its halves for every other one.
+template <class T, int kPairs>
+__global__ void __launch_bounds__(kCollectThreads, sizeof(T) == 8 ? 5 : 9)
+    collect_kernel(Inputs in, Workspace<gpu::Compute<T>> w, gpu::Compute<T> bound) {
+  using C = gpu::Compute<T>;
+  __shared__ Key<C> staged[kCollectThreads / gpu::kWarp][kStaged];
+  const bool is_sigmoid = in.params.sigmoid;
+  const C threshold = C(in.params.score_threshold);
+  const int64_t priors = in.sizes.priors, tiles = tiles_of<kPairs>(priors), size = list_size(in);
+  const int64_t tile = gpu::global_index() / gpu::kWarp, image = tile / tiles;
+  if (image >= in.sizes.images) return;
+  const int lane = threadIdx.x % gpu::kWarp, own = lane % kSumLanes;
+  const int64_t first_prior = (tile - image * tiles) * (2 * kPairs) + lane / kSumLanes;
+  const int classes = int(in.sizes.classes), first = int(first_class(in.params));
+  const auto logit = [&](int64_t p, int c) { return at<T>(in.logits, image, p, c); };
+
+  // 1. The rows that may have a candidate: few, once the network is trained.
+  const auto of_row = [&](int i, int c) { return logit(min_of(first_prior + 2 * i, priors - 1), c); };
+  const unsigned alive = rows_with_candidates<kPairs>(of_row, first, classes, is_sigmoid, bound);
+
+  Stage<C> stage{staged[threadIdx.x / gpu::kWarp], &w.counters[image].found, w.lists + image * size, unsigned(size)};
 #pragma unroll 1
-  for (int r = 0; r < kPairs; ++r) {
-    const int64_t p = first_row + 2 * r + half;
-    const bool lives = alive >> r & 1;
-    RowStats<C> stats{C(0), infinity};
-    if (__any_sync(gpu::kFullMask, lives)) {
+  for (int i = 0; i < kPairs; ++i) {
+    const int64_t p = first_prior + 2 * i;
+    const bool is_alive = p < priors && (alive >> i & 1);
+    RowStats<C> row{C(0), std::numeric_limits<C>::infinity()};
+    if (__any_sync(gpu::kFullMask, is_alive)) {
+      // 2. What softmax needs of the row.
       if (!is_sigmoid) {
-        C greatest = -infinity, sum = 0;
-        if (lives) {
-          for (int c = own; c < classes; c += kSumLanes) greatest = max_of(logit(p, c), greatest);
-        }
-        greatest = max_of_lanes(greatest);
-        if (lives) {
-          for (int c = own; c < classes; c += kSumLanes) sum += exp(logit(p, c) - greatest);
-        }
-        sum = sum_of_lanes(sum);
-        if (lives) stats = {greatest, sum};
+        const RowStats<C> found = stats_of_row<C>([&](int c) { return logit(p, c); }, classes, is_alive);
+        if (is_alive) row = found;
       }
-      for (int start = 0; start < classes && !full; start += kSumLanes) {
-        const int c = start + own;
+      // 3. The scores of the classes whose logits allow one above the threshold.
+      const C background = is_sigmoid || !is_alive ? C(0) : logit(p, 0);
+      for (int c = own; c - own < classes && !stage.is_lost; c += kSumLanes) {
         C score = 0;
-        if (lives && first <= c && c < classes) {
-          score = is_sigmoid ? sigmoid(logit(p, c)) : exp(logit(p, c) - stats.greatest) / stats.sum;
+        if (is_alive && first <= c && c < classes) {
+          const C x = logit(p, c);
+          if (x - background > bound) score = is_sigmoid ? sigmoid(x) : exp(x - row.greatest) / row.sum;
         }
-        const unsigned passed = __ballot_sync(gpu::kFullMask, score > threshold);
-        if (passed == 0) continue;
-        const unsigned count = __popc(passed);
-        unsigned slot = 0;
-        if (lane == 0) slot = atomicAdd(&w.found[image], count);
-        slot = __shfl_sync(gpu::kFullMask, slot, 0);
-        full = slot + count > size;  // and `found` says so
-        slot += __popc(passed & ((1u << lane) - 1));
-        if (score > threshold && slot < size) list[slot] = make_key(score, uint32_t(c * priors + p));
+        stage.add(score > threshold, make_key(score, uint32_t(c * priors + p)));
       }
     }
-    if (own == 0 && p < priors && !is_sigmoid) w.rows[image * priors + p] = stats;
+    if (own == 0 && p < priors && !is_sigmoid) w.rows[image * priors + p] = row;
   }
+  stage.flush();
 }
+
+// ---- a lost list made anew -----------------------------------------------------------------------
 
 // Scores of one class of an image; computed once into shared memory where they fit, else for each pass.
 template <class T, bool kCached>
@@ -181,232 +255,493 @@ struct ClassScores {
   C* cache;                 // [priors] if kCached
   int64_t image, c;
 
-  __device__ C made(int64_t p) const {
-    const C x = at<T>(in.logits, image, p, c);
-    if (in.params.sigmoid) return sigmoid(x);
-    const RowStats<C> row = rows[p];
-    return exp(x - row.greatest) / row.sum;
+  __device__ C logit(int64_t p) const { return at<T>(in.logits, image, p, c); }
+  __device__ RowStats<C> row(int64_t p) const { return in.params.sigmoid ? RowStats<C>{} : rows[p]; }
+  __device__ C score(C x, const RowStats<C>& row) const {
+    return in.params.sigmoid ? sigmoid(x) : exp(x - row.greatest) / row.sum;
   }
   // The key of a candidate, else 0.
-  __device__ Key<C> operator()(int64_t p) const {
-    C score;
-    if constexpr (kCached) {
-      score = cache[p];
-    } else {
-      score = made(p);
-    }
+  __device__ Key<C> key(C score, int64_t p) const {
     return score > C(in.params.score_threshold) ? make_key(score, uint32_t(c * in.sizes.priors + p)) : Key<C>(0);
+  }
+  __device__ Key<C> operator()(int64_t p) const {
+    if constexpr (kCached) return key(cache[p], p);
+    return key(score(logit(p), row(p)), p);
   }
 };
 
-template <class T, bool kCached>
-__global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(Inputs in, Workspace<gpu::Compute<T>> w) {
-  using C = gpu::Compute<T>;
-  __shared__ gpu::SelectShared<Key<C>> select;
-  __shared__ int64_t candidates[kSelectThreads / gpu::kWarp];
-  __shared__ unsigned written;
-  gpu::Smem smem;
-  const int64_t priors = in.sizes.priors, size = list_size(in), best = best_of_class(in);
-  C* const cache = smem.take<C>(kCached ? priors : 0);
+// What the threads of finish_kernel tell each other outside a visit.
+template <class C>
+struct ListMaking {
+  gpu::SelectShared<Key<C>> select;
+  unsigned candidates[kWarps];  // found by each warp
+  unsigned slot;                // the next one in the list
+};
+
+// Appends the best candidates of class c to the image's list.
+template <class T, bool kCached, class C>
+__device__ void list_best(const Inputs& in, const Workspace<C>& w, int64_t image, int64_t c, C* cache,
+                          ListMaking<C>& shared) {
+  const int64_t priors = in.sizes.priors, best = best_of_class(in);
   const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  const int64_t image = blockIdx.x / classes_of(in), place = blockIdx.x % classes_of(in);
-  if (w.found[image] <= size) return;
-  const int64_t c = place + first_class(in.params);
   const ClassScores<T, kCached> key_at{in, w.rows + image * priors, cache, image, c};
-  int64_t count = 0;
-  for (int64_t p = thread; p < priors; p += kSelectThreads) {
-    if constexpr (kCached) cache[p] = key_at.made(p);
-    count += key_at(p) != 0;
+  gpu::clear_counts<kThreads>(shared.select);
+  unsigned count = 0;
+#pragma unroll 1
+  for (int64_t begin = 0; begin < priors; begin += kAhead * kThreads) {
+    C x[kAhead];
+    RowStats<C> row[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int64_t p = min_of(begin + j * kThreads + thread, priors - 1);
+      x[j] = key_at.logit(p);
+      row[j] = key_at.row(p);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int64_t p = begin + j * kThreads + thread;
+      const C score = p < priors ? key_at.score(x[j], row[j]) : C(0);
+      if (kCached && p < priors) cache[p] = score;
+      const Key<C> key = key_at.key(score, p);
+      count += key != 0;
+      gpu::count_digit(key, key != 0, kKeyBits<C> - gpu::kDigitBits, shared.select);
+    }
   }
   count = gpu::warp_sum(count);
-  if (lane == 0) candidates[warp] = count;
-  if (thread == 0) written = 0;
-  __syncthreads();  // counts and cache are written
-  count = gpu::warp_sum(lane < kSelectThreads / gpu::kWarp ? candidates[lane] : 0);
+  if (lane == 0) shared.candidates[warp] = count;
+  __syncthreads();  // the counts are complete; the cache is each thread's own
+  count = gpu::warp_sum(lane < kWarps ? shared.candidates[lane] : 0);
   Key<C> cut = 1;
   if (count > best) {
-    cut = gpu::kth_greatest<kSelectThreads, kKeyBits<C>>(key_at, priors, best, select).key;
-    count = best;
+    cut = gpu::kth_greatest<kThreads, kKeyBits<C>>(key_at, priors, best, shared.select, true).key;
+    count = unsigned(best);
   }
-  Key<C>* const list = w.lists + image * size + place * best;
-  for (int64_t begin = 0; begin < priors; begin += kSelectThreads) {
+  if (thread == 0) shared.slot = atomicAdd(&w.counters[image].listed, count);
+  __syncthreads();  // the place in the list is known
+  Key<C>* const list = w.lists + image * list_size(in);
+#pragma unroll 1
+  for (int64_t begin = 0; begin < priors; begin += kThreads) {
     const int64_t p = begin + thread;
     const Key<C> key = p < priors ? key_at(p) : Key<C>(0);
     const unsigned taken = __ballot_sync(gpu::kFullMask, key >= cut);
-    unsigned slot = 0;
-    if (lane == 0 && taken) slot = atomicAdd(&written, unsigned(__popc(taken)));
-    slot = __shfl_sync(gpu::kFullMask, slot, 0) + __popc(taken & ((1u << lane) - 1));
+    const unsigned slot = next_slot(&shared.slot, taken);
     if (key >= cut) list[slot] = key;
   }
-  for (int64_t i = count + thread; i < best; i += kSelectThreads) list[i] = 0;
 }
 
-// What the threads of visit_kernel tell each other.
+// ---- the visit of an image's candidates -------------------------------------------------------------
+
+// Keys turned so that they order candidates by class first, then as before.
+template <class C>
+struct ClassOrder {
+  static constexpr int kScoreBits = 8 * sizeof(C) - 2;  // a score is at most 1
+  uint32_t priors, classes;
+  int prior_bits;
+
+  __device__ explicit ClassOrder(const Sizes& sizes)
+      : priors(uint32_t(sizes.priors)), classes(uint32_t(sizes.classes)), prior_bits(32 - __clz(int(priors - 1))) {}
+
+  __device__ Key<C> by_class(Key<C> key) const {
+    const uint32_t number = number_of<C>(key), label = number / priors, prior = number % priors;
+    return (Key<C>(classes - 1 - label) << kScoreBits | key >> 32) << prior_bits | (priors - 1 - prior);
+  }
+  __device__ Key<C> by_score(Key<C> key) const {
+    const uint32_t prior = priors - 1 - uint32_t(key & ((Key<C>(1) << prior_bits) - 1));
+    key >>= prior_bits;
+    const uint32_t label = classes - 1 - uint32_t(key >> kScoreBits);
+    return (key & ((Key<C>(1) << kScoreBits) - 1)) << 32 | uint32_t(~(label * priors + prior));
+  }
+};
+
+// What the threads of a visit tell each other about a chunk, and what is kept of earlier chunks.
 template <class C>
 struct Visit {
-  gpu::SelectShared<Key<C>> select;
-  int64_t behind[kVisitWarps];  // keys behind the last one visited, found by each warp
-  Key<C> keys[kChunk];          // sorted
-  Box<C> boxes[kChunk];
-  int32_t classes[kChunk];
-  unsigned valid[kVisitWarps];   // bits of the boxes that may be kept
-  Word earlier[kTile];           // which boxes of the tile overlap which earlier ones of it
-  Word suppressed[kVisitWarps];  // boxes of the tile that overlap a kept one, found by each warp
-  Word kept;                     // of the tile
+  Key<C> keys[kChunk];
+  alignas(16) C boxes[kChunk * 4];
+  alignas(16) C kept_boxes[kKeptInShared * 4];
+  int32_t labels[kChunk];  // -1: no candidate
+  int32_t kept_labels[kKeptInShared];
+  unsigned kept[kWarps];           // lanes of each warp whose candidates are kept; of groups that begin in it
+  unsigned kept_of_first[kWarps];  // of its first group, if that begins in an earlier warp
   unsigned gathered;
 };
 
-// The best keys below `last`, kChunk of them or all there are, sorted into shared.keys; returns how many.
+// The next best keys of the list, at most kChunk: one for each thread, 0 if there are fewer. The first `seen` keys have
+// had their turn; `last` divides them from the others.
 template <class C>
-__device__ int next_chunk(const Key<C>* list, int64_t n, Key<C> last, Visit<C>& shared) {
-  const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  const auto key_at = [&](int64_t i) { return list[i] < last ? list[i] : Key<C>(0); };
+__device__ Key<C> next_chunk(const Key<C>* list, int n, int& seen, Key<C>& last, gpu::SelectShared<Key<C>>& select,
+                             Visit<C>& shared) {
+  const int thread = int(threadIdx.x);
+  if (n <= kChunk) {
+    seen = n;
+    return thread < n ? gpu::load_written(list + thread) : Key<C>(0);
+  }
+  const auto key_at = [&](int64_t i) {
+    const Key<C> key = gpu::load_written(list + i);
+    return key < last ? key : Key<C>(0);
+  };
   Key<C> cut = 1;
-  if (n > kChunk) {
-    int64_t behind = 0;
-    for (int64_t i = thread; i < n; i += kVisitThreads) behind += key_at(i) != 0;
-    behind = gpu::warp_sum(behind);
-    if (lane == 0) shared.behind[warp] = behind;
-    __syncthreads();  // the counts of the warps are written
-    behind = gpu::warp_sum(lane < kVisitWarps ? shared.behind[lane] : 0);
-    if (behind > kChunk) {
-      cut = gpu::kth_greatest<kVisitThreads, kKeyBits<C>>(key_at, n, kChunk, shared.select).key;
-    }
+  if (n - seen > kChunk) {  // any good part of a chunk will do
+    cut = gpu::kth_greatest<kThreads, kKeyBits<C>, kAhead>(key_at, n, kChunk, select, false, kChunk / 2).key;
   }
   if (thread == 0) shared.gathered = 0;
   shared.keys[thread] = 0;
   __syncthreads();  // nothing is gathered
-  for (int64_t begin = 0; begin < n; begin += kVisitThreads) {
-    const int64_t i = begin + thread;
-    const Key<C> key = i < n ? key_at(i) : Key<C>(0);
-    const unsigned taken = __ballot_sync(gpu::kFullMask, key >= cut);
-    unsigned slot = 0;
-    if (lane == 0 && taken) slot = atomicAdd(&shared.gathered, unsigned(__popc(taken)));
-    slot = __shfl_sync(gpu::kFullMask, slot, 0) + __popc(taken & ((1u << lane) - 1));
-    if (key >= cut) shared.keys[slot] = key;
+#pragma unroll 1
+  for (int begin = 0; begin < n; begin += kAhead * kThreads) {
+    Key<C> keys[kAhead];  // many loads on their way at once
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = begin + j * kThreads + thread;
+      keys[j] = i < n ? key_at(i) : Key<C>(0);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const unsigned slot = next_slot(&shared.gathered, __ballot_sync(gpu::kFullMask, keys[j] >= cut));
+      if (keys[j] >= cut) shared.keys[slot] = keys[j];
+    }
   }
   __syncthreads();  // all are gathered
-  const int count = int(shared.gathered);
+  last = cut;
+  seen += int(shared.gathered);
+  return shared.keys[thread];
+}
+
+// Sorts shared.keys, of which none after the first `count` is above 0.
+template <class C>
+__device__ void sort_chunk(int count, Visit<C>& shared) {
+  __syncthreads();  // the keys are written
   int size = gpu::kLeastSorted;
   while (size < count) size *= 2;
-  gpu::sort_falling(shared.keys, size);  // after the keys stand zeros
-  return count;
+  gpu::sort_falling(shared.keys, size);
+}
+
+// A thread's candidate among those of its group, which stand one after another and may extend over several warps.
+struct Group {
+  unsigned in_warp;  // lanes of this warp with candidates of the group
+  int begin;         // position of its first candidate
+  // Of the group of the warp's first candidate:
+  int warps_before;   // how many hold some of it
+  unsigned in_first;  // lanes with some of it, in the first of these
+  bool is_first;      // it is this thread's, and warps_before > 0
+};
+
+// group_at(position) tells the groups apart; it is negative where there is no candidate.
+template <class GroupAt>
+__device__ Group group_of(const GroupAt& group_at) {
+  const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
+  const int own = group_at(thread), first = group_at(warp * gpu::kWarp);
+  const bool reaches_here = lane < warp && first >= 0 && group_at(lane * gpu::kWarp + gpu::kWarp - 1) == first;
+  const unsigned warps = __ballot_sync(gpu::kFullMask, reaches_here);
+  const int from = warps ? __ffs(warps) - 1 : warp;
+  Group group;
+  group.in_warp = __match_any_sync(gpu::kFullMask, own);
+  group.warps_before = warp - from;
+  group.in_first = __ballot_sync(gpu::kFullMask, group_at(from * gpu::kWarp + lane) == first);
+  group.is_first = warps && own == first;
+  group.begin =
+      group.is_first ? from * gpu::kWarp + __ffs(group.in_first) - 1 : thread - lane + __ffs(group.in_warp) - 1;
+  return group;
+}
+
+// The candidates of a warp that are kept: candidate i is kept if it is alive and no earlier one that it overlaps is
+// kept. Each lane has the earlier ones that its own overlaps. Starting from all alive ones and applying the rule to
+// all at once, candidate i is right after at most i + 1 rounds, and what a round leaves unchanged is the answer:
+// seldom more than a few rounds.
+__device__ __forceinline__ unsigned kept_of_warp(unsigned alive, unsigned earlier) {
+  unsigned now = alive, last;
+  do {
+    last = now;
+    now = alive & __ballot_sync(gpu::kFullMask, !(earlier & last));
+  } while (now != last);
+  return now;
+}
+
+// IoU > threshold of one box with others. The product of threshold and union decides but for its rounding, next to the
+// threshold the quotient.
+template <class C>
+struct Overlaps {
+  Box<C> box;
+  C own_area, threshold, low, high;
+
+  __device__ Overlaps(const Box<C>& box, C threshold) : box(box), own_area(area(box)), threshold(threshold) {
+    // Boxes that meet have a union no smaller than each of them. Where a product may be a denormal number, and lack
+    // bits, the quotient decides always.
+    const bool is_normal = threshold * own_area > C(1e-30);
+    low = is_normal ? threshold * C(1 - 1e-5) : C(0);
+    high = is_normal ? threshold * C(1 + 1e-5) : std::numeric_limits<C>::infinity();
+  }
+
+  struct Verdict {
+    bool likely, surely;
+  };
+  __device__ Verdict rough(const Box<C>& other) const {
+    // A NaN coordinate may get lost here, but not in the union: then it is neither, which is right.
+    const C w = fmin(box.x2, other.x2) - fmax(box.x1, other.x1), h = fmin(box.y2, other.y2) - fmax(box.y1, other.y1);
+    const C inter = fmax(w, C(0)) * fmax(h, C(0)), total = own_area + area(other) - inter;
+    const bool meet = inter > C(0);
+    return {meet && inter > total * low, meet && inter > total * high};
+  }
+  __device__ bool exactly(const Box<C>& other) const { return gpu::overlaps(other, box, threshold); }
+  __device__ bool operator()(const Box<C>& other) const {
+    const Verdict verdict = rough(other);
+    return verdict.surely || (verdict.likely && exactly(other));
+  }
+};
+
+// NMS of a chunk: each thread has a candidate, its box in shared.boxes, that is kept unless it overlaps a kept one
+// before it in its group. Of no group more than the first `room` are wanted. The result is in shared.kept and
+// shared.kept_of_first, after a barrier.
+template <class C>
+__device__ void suppress(bool is_alive, const Group& group, const Overlaps<C>& overlaps, int64_t room,
+                         Visit<C>& shared) {
+  const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
+  const unsigned alive = __ballot_sync(gpu::kFullMask, is_alive);
+  const unsigned is_first = __ballot_sync(gpu::kFullMask, group.is_first);
+
+  // Within the warp: which candidates before it each one overlaps.
+  const auto box_of_lane = [&](int i) { return gpu::load_box(shared.boxes, warp * gpu::kWarp + i); };
+  unsigned earlier = 0;
+  if (__any_sync(gpu::kFullMask, (group.in_warp & (group.in_warp - 1)) != 0)) {
+    unsigned likely = 0, surely = 0;
+#pragma unroll 4
+    for (int i = 0; i < gpu::kWarp; ++i) {
+      const auto verdict = overlaps.rough(box_of_lane(i));
+      likely |= verdict.likely ? 1u << i : 0u;
+      surely |= verdict.surely ? 1u << i : 0u;
+    }
+    const unsigned rivals = group.in_warp & ((1u << lane) - 1);
+    earlier = surely & rivals;
+    for (unsigned open = likely & ~surely & rivals; open; open &= open - 1) {
+      const int i = __ffs(open) - 1;
+      if (overlaps.exactly(box_of_lane(i))) earlier |= 1u << i;
+    }
+  }
+  const unsigned kept = kept_of_warp(alive & ~is_first, earlier);
+  if (lane == 0) {
+    shared.kept[warp] = kept;
+    shared.kept_of_first[warp] = 0;
+  }
+
+  // A group that extends over several warps: in each step one more of them decides, and those after it look at
+  // what it has kept.
+  unsigned kept_before = 0;
+  bool is_hit = false;
+  for (int step = 1;; ++step) {
+    const bool takes_part = step <= group.warps_before;
+    if (!__syncthreads_or(takes_part)) break;  // what was kept in the step before is written
+    if (!takes_part) continue;
+    const int other = warp - group.warps_before + step - 1;
+    unsigned rest = step == 1 ? shared.kept[other] & group.in_first : shared.kept_of_first[other];
+    kept_before += __popc(rest);
+    for (; rest; rest &= rest - 1) {
+      is_hit |= overlaps(gpu::load_box(shared.boxes, other * gpu::kWarp + __ffs(rest) - 1));
+    }
+    if (step == group.warps_before && kept_before < room) {
+      const unsigned hit = __ballot_sync(gpu::kFullMask, is_hit);
+      const unsigned kept_now = kept_of_warp(alive & is_first & ~hit, earlier);
+      if (lane == 0) shared.kept_of_first[warp] = kept_now;
+    }
+  }
+}
+
+// Detections so far, and what of them is needed to suppress candidates of later chunks.
+template <class C>
+struct Kept {
+  C* boxes;         // [K, 4]
+  int32_t* labels;  // [K]
+  int64_t count = 0;
+};
+
+// Puts a candidate, or nothing if the key is 0, at the thread's position: its decoded box and its label.
+template <class T, class C>
+__device__ void place_candidate(const Inputs& in, int64_t image, Key<C> key, Visit<C>& shared) {
+  const Params& params = in.params;
+  Box<C> box{C(0), C(0), C(0), C(0)};
+  int32_t label = -1;
+  if (key != 0) {
+    const uint32_t number = number_of<C>(key), priors = uint32_t(in.sizes.priors), p = number % priors;
+    label = int32_t(number / priors);
+    box = decode_box(four_at<T>(in.deltas, image, p), four_at<T>(in.priors, 0, p), C(params.center), C(params.size),
+                     C(params.clip));
+    box = clip_box(box, {C(params.window_x1), C(params.window_y1), C(params.window_x2), C(params.window_y2)});
+  }
+  gpu::store_four(shared.boxes, int(threadIdx.x), box.x1, box.y1, box.x2, box.y2);
+  shared.labels[threadIdx.x] = label;
+  __syncthreads();  // all are at their places
+}
+
+// Candidates of its class before this thread's, which are sorted by class. `visited` counts those of earlier chunks, or
+// is null where this is the only one.
+template <class C>
+__device__ int64_t rank_in_class(const Group& group, unsigned* visited, const Visit<C>& shared) {
+  const int thread = int(threadIdx.x);
+  const int32_t label = shared.labels[thread];
+  int64_t rank = thread - group.begin;
+  if (visited) {
+    if (label >= 0) rank += visited[label];
+    __syncthreads();  // everybody has read the counts
+    const bool is_last = thread == kChunk - 1 || shared.labels[thread + 1] != label;
+    if (is_last && label >= 0) visited[label] = unsigned(rank + 1);
+  }
+  return rank;
+}
+
+// Whether the thread's candidate overlaps one kept of earlier chunks.
+template <class C>
+__device__ bool meets_kept(const Kept<C>& kept, int32_t label, bool is_agnostic, const Overlaps<C>& overlaps) {
+  const int lane = int(threadIdx.x) % gpu::kWarp;
+  bool is_hit = false;
+  for (int64_t begin = 0; begin < kept.count; begin += gpu::kWarp) {
+    // A lane looks whether a kept one is a rival to any candidate of the warp, whose labels rise.
+    const int32_t low = __shfl_sync(gpu::kFullMask, label, 0),
+                  high = __shfl_sync(gpu::kFullMask, label, gpu::kWarp - 1);
+    const int32_t other = begin + lane < kept.count ? kept.labels[begin + lane] : -1;
+    const bool is_rival = other >= 0 && (is_agnostic || (low >= 0 && low <= other && (other <= high || high < 0)));
+    for (unsigned rest = __ballot_sync(gpu::kFullMask, is_rival); rest; rest &= rest - 1) {
+      const int64_t k = begin + __ffs(rest) - 1;
+      if (is_agnostic || kept.labels[k] == label) is_hit |= overlaps(gpu::load_box(kept.boxes, k));
+    }
+  }
+  return is_hit;
+}
+
+// Puts the kept candidates of the chunk into shared.keys in order of score; returns how many. Positions take the place
+// of numbers: of equal scores the lower class stands first, then the lower prior.
+template <class C>
+__device__ int order_kept(C score, Visit<C>& shared) {
+  const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
+  const unsigned kept = lane < kWarps ? shared.kept[lane] | shared.kept_of_first[lane] : 0;
+  const int before = gpu::warp_sum(lane < warp ? __popc(kept) : 0), all = gpu::warp_sum(__popc(kept));
+  const unsigned of_warp = __shfl_sync(gpu::kFullMask, kept, warp);
+  if (thread >= all) shared.keys[thread] = 0;
+  if (of_warp >> lane & 1) {
+    shared.keys[before + __popc(of_warp & ((1u << lane) - 1))] = make_key(score, uint32_t(thread));
+  }
+  sort_chunk(all, shared);
+  return all;
+}
+
+// Writes the best `all` candidates in shared.keys as detections, as far as there is room, and for later chunks.
+template <class T, class C>
+__device__ void write_detections(const Outputs<T>& out, int64_t image, int64_t most, int all, bool is_long,
+                                 Kept<C>& kept, const Visit<C>& shared) {
+  if (threadIdx.x < min_of(int64_t(all), most - kept.count)) {
+    const Key<C> key = shared.keys[threadIdx.x];
+    const int position = int(number_of<C>(key));
+    const Box<C> box = gpu::load_box(shared.boxes, position);
+    const int32_t label = shared.labels[position];
+    const int64_t slot = kept.count + threadIdx.x, to = image * most + slot;
+    gpu::store_four(out.boxes, to, box.x1, box.y1, box.x2, box.y2);
+    out.scores[to] = T(score_of<C>(key));
+    out.labels[to] = label;
+    if (is_long) {
+      gpu::store_four(kept.boxes, slot, box.x1, box.y1, box.x2, box.y2);
+      kept.labels[slot] = label;
+    }
+  }
+  kept.count = min_of(kept.count + all, most);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kVisitThreads, 1)
-    visit_kernel(Inputs in, Workspace<gpu::Compute<T>> w, Outputs<T> out) {
+__device__ void pad_detections(const Outputs<T>& out, int64_t image, int64_t count, int64_t most) {
   using C = gpu::Compute<T>;
-  __shared__ Visit<C> shared;
-  const Params& params = in.params;
-  const int64_t priors = in.sizes.priors, most = params.max_detections, size = list_size(in);
-  const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  const C threshold = C(params.iou_threshold);
-  const Box<C> window{C(params.window_x1), C(params.window_y1), C(params.window_x2), C(params.window_y2)};
-  const int64_t image = blockIdx.x;
-  const Key<C>* const list = w.lists + image * size;
-  int64_t* const visited = w.visited + image * in.sizes.classes;
-  C* const kept_boxes = w.kept_boxes + image * most * 4;
-  int32_t* const kept_class = w.kept_class + image * most;
-  const int64_t found = w.found[image], n = min_of(found, size);
-  // Whether a class may have more candidates than are to be looked at.
-  const bool crowded = found <= size && found > params.topk_per_class;
-  if (crowded) {
-    for (int64_t c = thread; c < in.sizes.classes; c += kVisitThreads) visited[c] = 0;
+  for (int64_t k = image * most + count + threadIdx.x; k < (image + 1) * most; k += kThreads) {
+    gpu::store_four(out.boxes, k, C(0), C(0), C(0), C(0));
+    out.scores[k] = T(C(0));
+    out.labels[k] = -1;
   }
-  int64_t count = 0;
+  if (threadIdx.x == 0) out.counts[image] = count;
+}
+
+// Visits an image's candidates, the n keys of its list, and writes its detections. All threads of a block call it.
+template <class T, class C>
+__device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>& out, int64_t image, int n,
+                      gpu::SelectShared<Key<C>>& select, Visit<C>& shared) {
+  const int64_t most = in.params.max_detections, topk = in.params.topk_per_class;
+  const int thread = int(threadIdx.x);
+  const Key<C>* const list = w.lists + image * list_size(in);
+  const bool is_long = n > kChunk;
+  unsigned* const visited = is_long ? w.visited + image * in.sizes.classes : nullptr;
+  if (is_long) {
+    for (int64_t c = thread; c < in.sizes.classes; c += kThreads) visited[c] = 0;
+  }
+  Kept<C> kept{shared.kept_boxes, shared.kept_labels};
+  if (most > kKeptInShared) kept = {w.kept_boxes + image * most * 4, w.kept_labels + image * most};
+  // Where all classes are rivals, they only matter if one may have too many candidates.
+  const bool is_agnostic = in.params.class_agnostic, goes_by_class = !is_agnostic || n > topk;
+  const ClassOrder<C> order(in.sizes);
+  int seen = 0;
   Key<C> last = ~Key<C>(0);
-  while (count < most) {
-    const int gathered = next_chunk(list, n, last, shared);
-    if (gathered == 0) break;
-    last = shared.keys[gathered - 1];
+  while (seen < n && kept.count < most) {
+    // 1. The best candidates not yet seen, sorted by class.
+    const int before = seen;
+    Key<C> key = next_chunk(list, n, seen, last, select, shared);
+    shared.keys[thread] = key != 0 && goes_by_class ? order.by_class(key) : key;
+    sort_chunk(seen - before, shared);
+    key = shared.keys[thread];
+    if (key != 0 && goes_by_class) key = order.by_score(key);
+    place_candidate<T>(in, image, key, shared);
+    Group group = group_of([&](int i) { return shared.labels[i]; });
 
-    // Each thread has one candidate of the chunk.
-    const Key<C> key = shared.keys[thread];
-    const int64_t number = number_of<C>(key);
-    bool valid = thread < gathered;
-    int32_t label = -1;
-    if (valid) {
-      label = int32_t(number / priors);
-      const int64_t p = number % priors;
-      const Box<C> box = decode_box(four_at<T>(in.deltas, image, p), four_at<T>(in.priors, 0, p), C(params.center),
-                                    C(params.size), C(params.clip));
-      shared.boxes[thread] = clip_box(box, window);
-    } else {
-      shared.boxes[thread] = {C(0), C(0), C(0), C(0)};
-    }
-    shared.classes[thread] = label;
-    __syncthreads();  // boxes and classes are written
-    if (crowded) {
-      int64_t rank = 0;
-      bool is_last = true;  // of its class in the chunk
-      for (int i = 0; i < gathered; ++i) {
-        const bool same = shared.classes[i] == label;
-        rank += same && i < thread;
-        is_last &= !(same && i > thread);
-      }
-      if (valid) rank += visited[label];
-      __syncthreads();  // everybody has read what was visited before
-      if (valid && is_last) visited[label] = rank + 1;
-      valid &= rank < params.topk_per_class;
-    }
-    const unsigned bits = __ballot_sync(gpu::kFullMask, valid);
-    if (lane == 0) shared.valid[warp] = bits;  // to be read behind the next barrier
+    // 2. Of each class the first topk_per_class.
+    bool is_alive = key != 0;
+    if (goes_by_class && rank_in_class(group, visited, shared) >= topk) is_alive = false;
 
-    for (int tile = 0; tile * kTile < gathered && count < most; ++tile) {
-      const int i = tile * kTile + lane, j = i + gpu::kWarp;
-      const Box<C> low = shared.boxes[i], high = shared.boxes[j];
-      const int32_t low_class = shared.classes[i], high_class = shared.classes[j];
-      const auto rivals = [&](int32_t a, int32_t b) { return params.class_agnostic || a == b; };
-      bool low_hit = false, high_hit = false;
-      for (int64_t k = warp; k < count; k += kVisitWarps) {
-        const Box<C> box = gpu::load_box(kept_boxes, k);
-        const int32_t c = kept_class[k];
-        low_hit |= rivals(low_class, c) && gpu::overlaps(box, low, threshold);
-        high_hit |= rivals(high_class, c) && gpu::overlaps(box, high, threshold);
+    // 3. If all classes are rivals, in order of score.
+    if (is_agnostic) {
+      if (goes_by_class) {
+        shared.keys[thread] = is_alive ? key : Key<C>(0);
+        sort_chunk(seen - before, shared);
+        key = shared.keys[thread];
+        is_alive = key != 0;
+        place_candidate<T>(in, image, key, shared);
       }
-      const Word suppressed = ballot_tile(low_hit, high_hit);
-      if (lane == 0) shared.suppressed[warp] = suppressed;
-      for (int row = warp; row < kTile; row += kVisitWarps) {
-        const Box<C> box = shared.boxes[tile * kTile + row];
-        const int32_t c = shared.classes[tile * kTile + row];
-        const Word met = ballot_tile(rivals(low_class, c) && gpu::overlaps(low, box, threshold),
-                                     rivals(high_class, c) && gpu::overlaps(high, box, threshold));
-        if (lane == 0) shared.earlier[row] = met & ((Word(1) << row) - 1);
-      }
-      __syncthreads();  // what the tile's boxes overlap is written
-      if (warp == 0) {
-        Word alive = shared.valid[2 * tile] | Word(shared.valid[2 * tile + 1]) << gpu::kWarp;
-        for (int other = 0; other < kVisitWarps; ++other) alive &= ~shared.suppressed[other];
-        const Word now = gpu::kept_of_tile(alive, shared.earlier[lane], shared.earlier[lane + gpu::kWarp]);
-        if (lane == 0) shared.kept = now;
-      }
-      __syncthreads();  // the kept boxes of the tile are known
-      const Word kept = shared.kept;
-      if (thread < kTile && (kept >> thread & 1)) {
-        const int64_t slot = count + __popcll(kept & ((Word(1) << thread) - 1));
-        if (slot < most) {
-          const int from = tile * kTile + thread;
-          const Box<C> box = shared.boxes[from];
-          const int32_t c = shared.classes[from];
-          gpu::store_four(kept_boxes, slot, box.x1, box.y1, box.x2, box.y2);
-          kept_class[slot] = c;
-          gpu::store_four(out.boxes, image * most + slot, box.x1, box.y1, box.x2, box.y2);
-          out.scores[image * most + slot] = T(score_of<C>(shared.keys[from]));
-          out.labels[image * most + slot] = c;
-        }
-      }
-      count = min_of(count + __popcll(kept), most);
-      __syncthreads();  // they may be read, and what is shared about the tile used again
+      group = group_of([&](int i) { return shared.labels[i] < 0 ? -1 : 0; });
     }
-    if (n <= kChunk) break;  // that was all
+
+    // 4. NMS: against what is kept of earlier chunks, then within the chunk.
+    const Overlaps<C> overlaps(gpu::load_box(shared.boxes, thread), C(in.params.iou_threshold));
+    if (meets_kept(kept, shared.labels[thread], is_agnostic, overlaps)) is_alive = false;
+    suppress(is_alive, group, overlaps, most - kept.count, shared);
+
+    // 5. The detections.
+    const int all = order_kept(score_of<C>(key), shared);
+    write_detections(out, image, most, all, is_long, kept, shared);
   }
-  for (int64_t k = count + thread; k < most; k += kVisitThreads) {
-    gpu::store_four(out.boxes, image * most + k, C(0), C(0), C(0), C(0));
-    out.scores[image * most + k] = T(C(0));
-    out.labels[image * most + k] = -1;
+  pad_detections(out, image, kept.count, most);
+}
+
+// Dynamic shared memory of finish_kernel: the scores of a class first, then the visit.
+using Bytes16 = gpu::Four<float>;
+template <class C>
+SSD_EXT_HD size_t finish_bytes(const Inputs& in, bool is_cached) {
+  const size_t scores = is_cached ? in.sizes.priors * sizeof(C) : 0;
+  return (max_of(scores, sizeof(Visit<C>)) + 15) / 16 * 16;
+}
+
+// Block (part, image) of a grid of parts x images, in which the parts 0 of all images come first.
+template <class T, bool kCached>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    finish_kernel(Inputs in, Workspace<gpu::Compute<T>> w, Outputs<T> out, unsigned parts) {
+  using C = gpu::Compute<T>;
+  __shared__ ListMaking<C> making;
+  gpu::Smem smem;
+  Bytes16* const memory = smem.take<Bytes16>(finish_bytes<C>(in, kCached) / 16);
+  const unsigned images = unsigned(in.sizes.images), part = blockIdx.x / images;
+  const int64_t image = blockIdx.x % images;
+  Counters& counters = w.counters[image];
+  unsigned n = counters.found;
+  if (n > list_size(in)) {
+    for (int64_t i = part; i < classes_of(in); i += parts) {
+      list_best<T, kCached>(in, w, image, first_class(in.params) + i, reinterpret_cast<C*>(memory), making);
+    }
+    if (!gpu::is_last_block(&counters.ticket, parts)) return;
+    n = gpu::load_written(&counters.listed);
+  } else if (part > 0) {
+    return;
   }
-  if (thread == 0) out.counts[image] = count;
+  visit(in, w, out, image, int(n), making.select, *reinterpret_cast<Visit<C>*>(memory));
 }
 
 }  // namespace
@@ -420,21 +755,24 @@ void detect_cuda(const Inputs& in, const Outputs<void>& out, void* workspace, St
     using T = typename decltype(tag)::type;
     using C = gpu::Compute<T>;
     const Workspace<C> w(workspace, in);
-    const int64_t images = in.sizes.images, priors = in.sizes.priors;
+    const int64_t images = in.sizes.images, priors = in.sizes.priors, classes = classes_of(in);
     const Outputs<T> typed{static_cast<T*>(out.boxes), static_cast<T*>(out.scores), out.labels, out.counts};
-    gpu::launch(clear_kernel, dim3(gpu::blocks_for(images, kCollectThreads)), dim3(kCollectThreads), 0, stream, w.found,
-                images);
-    if (classes_of(in) > 0) {
-      const int64_t warps = images * ((priors + kRows - 1) / kRows), per_block = kCollectThreads / gpu::kWarp;
+    gpu::clear(w.counters, images * sizeof(Counters), stream);
+    if (classes > 0) {
+      const bool are_few = images * priors <= kFewRows;
+      const int64_t warps = images * (are_few ? tiles_of<1>(priors) : tiles_of<4>(priors));
+      const int64_t per_block = kCollectThreads / gpu::kWarp;
       const C bound = reject_below(C(in.params.score_threshold), in.params.sigmoid);
-      gpu::launch(collect_kernel<T>, dim3(unsigned((warps + per_block - 1) / per_block)), dim3(kCollectThreads), 0,
-                  stream, in, w, bound);
-      const bool cached = size_t(priors) <= kMostCached / sizeof(C);
-      gpu::launch(cached ? select_kernel<T, true> : select_kernel<T, false>,
-                  dim3(unsigned(priors > 0 ? images * classes_of(in) : 0)), dim3(kSelectThreads),
-                  cached ? gpu::Smem::end_of<C>(0, priors) : 0, stream, in, w);
+      gpu::launch(are_few ? collect_kernel<T, 1> : collect_kernel<T, 4>,
+                  dim3(unsigned((warps + per_block - 1) / per_block)), dim3(kCollectThreads), 0, stream, in, w, bound);
     }
-    gpu::launch(visit_kernel<T>, dim3(unsigned(images)), dim3(kVisitThreads), 0, stream, in, w, typed);
+    if (images == 0) return;
+    // Blocks for each image in case its list is lost; all but one leave at once if it is not.
+    const int64_t wanted = max_of(kMostPartsCuda, kFinishBlocks / images);
+    const auto parts = unsigned(max_of(int64_t(1), min_of(classes, wanted)));
+    const bool is_cached = size_t(priors) <= kMostCached / sizeof(C);
+    gpu::launch(is_cached ? finish_kernel<T, true> : finish_kernel<T, false>, dim3(unsigned(images * parts)),
+                dim3(kThreads), finish_bytes<C>(in, is_cached), stream, in, w, typed, parts);
   });
 }
 

@@ -94,6 +94,7 @@ T reject_below(T least, bool is_sigmoid) {
 }
 
 constexpr int64_t kMostBlocksCuda = 0x7fffffff;  // of one launch
+constexpr int64_t kMostPartsCuda = 8;            // blocks for each image of a launch, where there are many images
 
 // Bytes of scratch memory that detect_cuda needs: detect's docstring tells what for.
 size_t workspace_bytes(const Inputs& in);

@@ -63,7 +63,7 @@ def detect(
     Memory beside inputs and outputs, in keys of 8 bytes (16 for float64), ``k = min(topk_per_class, P)``.
     CPU: at most ``16 max(4096, 16 K)`` keys a thread; an image of which NMS leaves too few of them takes a
     second pass over its logits, with at most ``6 C k`` keys. CUDA: ``B C k`` keys, 8 bytes (16) a row of
-    logits under softmax, and 20 bytes (36) a detection, 8 a class of each image.
+    logits under softmax, 4 a class of each image, 12 an image, and with ``K > 256`` 20 (36) a detection.
 
     Not differentiable. No wait for the GPU; fits into a CUDA graph.
 
@@ -71,7 +71,7 @@ def detect(
         ValueError: wrong shape, dtype or device; a threshold outside 0..1; a ``topk_per_class`` or
             ``max_detections`` below 1; an unknown ``activation``; a variance that is not positive; a
             NaN ``clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image; on
-            CUDA, 2^31 or more classes or eighths of priors of all images together.
+            CUDA, 2^28 or more images, or 2^31 or more eighths of priors of all images together.
         RuntimeError: a gradient is asked for.
 
     Source: Liu et al., SSD (2016), section 2.2; torchvision's ``SSD.postprocess_detections``, whose

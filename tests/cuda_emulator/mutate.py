@@ -70,7 +70,7 @@ def mutate(path: Path, rooms: tuple[str, ...], first: int) -> tuple[str, list[Mu
     lines = ['#include "mutants.h"']
     for row, line in enumerate(path.read_text().splitlines(), 1):
         code, comment = re.fullmatch(r"(.*?)(\s*//.*|)", line).groups()
-        if "static_assert" not in code and "constexpr" not in code and "template" not in code:
+        if not re.search(r"^\s*#|static_assert|constexpr|template", code):
             code = LESS.sub(lambda m, r=row: f" < ::emulator::Less{{{add('less', r, m, ' <= ')}}} > ", code)
         code = BARRIER.sub(
             lambda m, r=row: f"SSD_EXT_MUTANT_BARRIER({add('barrier', r, m, '/* barrier */;')}, {m[0][:-1]});", code
