@@ -150,8 +150,13 @@ template <class C>
 struct Prior {
   Box<C> box;
   C area;
-  C iou;  // with its match; -1: there is none yet
-  int32_t match;
+  C iou = C(-1);  // with its match; -1: there is none yet
+  int32_t match = 0;
+
+  __device__ __forceinline__ void set(const Box<C>& b) {
+    box = b;
+    area = ssd_ext::area(b);
+  }
 };
 
 // The bounding box of a warp's priors. A NaN corner does not extend it: such a box has IoU 0 with everything.
@@ -242,16 +247,15 @@ struct Claims {
     for (int32_t j0 = 0; j0 < count; j0 += kThreads / kParts) {
       const int32_t j = j0 + int(threadIdx.x) / kParts;
       Best<C> best{C(-1), 0};
-      for (unsigned t0 = part; t0 - part < tiles; t0 += kParts * kAtOnce) {
+      for (unsigned t0 = 0; t0 < tiles; t0 += kParts * kAtOnce) {
         Best<C> some[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const unsigned t = t0 + i * kParts;
-          some[i] = j < count && t < tiles ? gpu::load_written(&tile_best[t * gts + j]) : Best<C>{C(-1), 0};
+        unsigned t = t0 + part;
+        for (Best<C>& one : some) {
+          one = j < count && t < tiles ? gpu::load_written(&tile_best[t * gts + j]) : Best<C>{C(-1), 0};
+          t += kParts;
         }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (some[i].iou > best.iou) best = some[i];
+        for (const Best<C>& one : some) {
+          if (one.iou > best.iou) best = one;
         }
       }
       best = best_of_lanes<kParts>(best);
@@ -358,10 +362,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < kEach; ++i) centers[i] = gpu::load_prior(priors, prior_at(i) < last ? prior_at(i) : last);
   const Rows rows = rows_of(offsets, b, sizes.gts);
   Prior<C> own[kEach];
-  for (int i = 0; i < kEach; ++i) {
-    const Box<C> box = to_corners(centers[i]);
-    own[i] = {box, area(box), C(-1), 0};
-  }
+  for (int i = 0; i < kEach; ++i) own[i].set(to_corners(centers[i]));
   const Box<C> bounds = bounds_of_warp(own);
   const Writer<T> write{gt_boxes, gt_labels, priors, out, rule, rows.begin, b * sizes.priors};
 
