@@ -51,7 +51,7 @@ HOST = """\
 =========     Uninitialized access to 0x7f3c7ec00000 on access by cudaMemcpy source
 =========
 """
-OURS = "void ssd_ext::nms::<unnamed>::sweep_kernel<float>"
+OURS = "void ssd_ext::nms::<unnamed>::chunk_kernel<float>"
 
 
 def output(tool, *kernels, calls=CALLS, more="", count=None):

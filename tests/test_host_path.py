@@ -17,9 +17,9 @@ EXPECTED = {  # calls, outputs, scratch, copies, launches
     "assign_targets": Counts(6, 2, 2, 1, 2),
     "hard_negatives": Counts(1, 1, 0, 0, 1),
     "multibox_loss": Counts(1, 2, 3, 0, 4),  # the ranks and divisors, which nobody keeps, are scratch too
-    "nms": Counts(4, 1, 6, 1, 4),
-    "batched_nms": Counts(4, 1, 6, 1, 4),
-    "nms_padded": Counts(2, 2, 5, 0, 4),
+    "nms": Counts(3, 1, 2, 1, 2),
+    "batched_nms": Counts(3, 1, 2, 1, 2),
+    "nms_padded": Counts(1, 2, 1, 0, 2),
     "soft_nms": Counts(4, 2, 2, 1, 1),
     "soft_nms_padded": Counts(1, 3, 1, 0, 1),
     "assign_targets, offsets": Counts(1, 2, 1, 0, 2),

@@ -79,6 +79,43 @@ def test_a_chain_is_resolved_in_order():
     assert torch.equal(ops.nms(boxes, scores, 0.3), torch.arange(0, 1000, 2))
 
 
+def _assert_cpu_result(gpu, boxes, scores, idxs=None):
+    inputs = {"boxes": boxes, "scores": scores, "iou_threshold": 0.5, "idxs": idxs}
+    keep, count = gpu(ops.nms_padded, inputs)
+    expected, expected_count = ops.nms_padded(**inputs)
+    assert torch.equal(keep, expected)
+    assert torch.equal(count, expected_count)
+
+
+@pytest.mark.parametrize("n", [255, 256, 257, 2049])
+def test_sizes_about_the_steps_and_chunks_of_the_gpu(gpu, n, generator):
+    _assert_cpu_result(gpu, *detector_candidates(n, generator))
+
+
+@pytest.mark.parametrize("n", [4095, 4096, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sizes_about_the_sorts_of_the_gpu(gpu, n, dtype, generator):
+    """Most scores are NaN, which leaves little to compare."""
+    boxes, scores = detector_candidates(n, generator)
+    scores[torch.rand(n, generator=generator) < 0.95] = math.nan
+    _assert_cpu_result(gpu, boxes.to(dtype), scores.to(dtype))
+
+
+def test_a_large_class_among_small_ones(gpu, generator):
+    """It takes three chunks of the GPU, the others one."""
+    boxes, scores = detector_candidates(4500, generator)
+    idxs = torch.randint(-60, 60, (4500,), generator=generator)
+    idxs[torch.randperm(4500, generator=generator)[:4200]] = 7
+    scores[torch.rand(4500, generator=generator) < 0.4] = math.nan
+    _assert_cpu_result(gpu, boxes, scores, idxs)
+
+
+def test_more_classes_than_blocks(gpu, generator):
+    boxes, scores = detector_candidates(4200, generator)
+    idxs = torch.randint(600, (4200,), generator=generator) * 2**40
+    _assert_cpu_result(gpu, boxes, scores, idxs)
+
+
 @pytest.mark.slow
 def test_more_boxes_than_a_bitmask_could_hold(device, generator):
     boxes, scores = detector_candidates(100_000, generator, per_object=1000)

@@ -32,6 +32,11 @@ def _equal_scores(g):
     return {"boxes": boxes, "scores": torch.full_like(scores, 0.5), "iou_threshold": 0.5}
 
 
+def _no_scores(g):
+    boxes, scores = detector_candidates(70, g)
+    return {"boxes": boxes, "scores": torch.full_like(scores, math.nan), "iou_threshold": 0.5}
+
+
 def _few_scores(g):
     """Many ties, -0 beside 0."""
     boxes, _ = detector_candidates(100, g)
@@ -82,9 +87,11 @@ _SMALL = [
     _random(0, peers=False),
     _random(777, dtypes=EXACT),
     _candidates(300, dtypes=EXACT),
+    _candidates(63),
     _candidates(64, iou_threshold=0.0),
     _candidates(65, iou_threshold=1.0),
     Case("scores all equal", _equal_scores),
+    Case("scores all NaN", _no_scores, peers=False),
     Case("few scores", _few_scores),
     Case("boxes all equal", _equal_boxes),
     Case("exactly at the threshold", _exactly_at_threshold),
@@ -256,7 +263,7 @@ NMS = Op(
     op=ops.nms,
     reference=reference.nms,
     schema="nms",
-    cases=[*_SMALL, _candidates(5000, dtypes=EXACT), *_LARGE],  # 5000: enough to be split into cells
+    cases=[*_SMALL, _candidates(3100, dtypes=EXACT), *_LARGE],  # 3100: enough to be split into cells
     errors=_ERRORS,
     peers=_PEERS,
     agrees=_agrees,
@@ -272,6 +279,7 @@ BATCHED_NMS = Op(
     cases=[
         *(_in_classes(case, 3) for case in _SMALL),
         Case("far ids", _far_ids, peers=False),
+        _in_classes(_candidates(4200, dtypes=EXACT), 40),  # enough to be grouped by class on the GPU
         *(_in_classes(case, 80) for case in _LARGE if case.name not in ("random N=100", "random N=5000")),
     ],
     errors=[*map(_with_ids, _ERRORS), *_ID_ERRORS],

@@ -39,6 +39,26 @@ SSD_EXT_HD auto may_meet(const Box<V>& a, const Box<V>& b) {
   return (a.x1 < b.x2) & (a.x2 > b.x1) & (a.y1 < b.y2) & (a.y2 > b.y1);
 }
 
+// Tells without a division which boxes may have IoU > threshold. That is so exactly where the intersection exceeds
+// c * (area_a + area_b), c = t / (1 + t), but for rounding: so c is lowered a little, which lets every true case
+// through, and the quotient decides on what passes. The share of a box is its part of that sum, c * area.
+template <class T>
+struct OverlapShares {
+  T likely;
+
+  SSD_EXT_HD explicit OverlapShares(T threshold) {
+    const T c = threshold / (T(1) + threshold) * T(1 - 1e-5);
+    likely = c < T(1e-6) ? T(0) : c;  // so that no product is lost among the denormals
+  }
+
+  SSD_EXT_HD T of(const Box<T>& b) const { return likely * area(b); }
+  // Of one of the two boxes. Next to denormal areas products round too coarsely: then every quotient is taken.
+  SSD_EXT_HD T of_query(const Box<T>& b) const {
+    const T share = of(b);
+    return area(b) < T(1e-30) ? -std::numeric_limits<T>::infinity() : share;
+  }
+};
+
 // A ground-truth box that may be matched: finite coordinates and a positive, finite area.
 template <class T>
 SSD_EXT_HD bool is_valid(const Box<T>& b) {

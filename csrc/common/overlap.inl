@@ -1,8 +1,4 @@
 // Whether one box overlaps any of a vector of boxes. Included by for_each_simd_level.h.
-//
-// IoU > t exactly where inter > c * (area_a + area_b), c = t / (1 + t), but for rounding. The test by
-// product, with c lowered a little, needs no division and lets every true case through; what passes
-// is decided by the quotient. A box's share is its part of that sum, c * area.
 
 template <class T>
 struct OverlapQuery {
@@ -13,19 +9,13 @@ struct OverlapQuery {
 template <class T>
 class OverlapTest {
  public:
-  explicit OverlapTest(T threshold) : threshold_(threshold) {
-    const T c = threshold / (T(1) + threshold) * T(1 - 1e-5);
-    likely_ = c < T(1e-6) ? T(0) : c;  // so that no product is lost among the denormals
-  }
+  explicit OverlapTest(T threshold) : threshold_(threshold), shares_(threshold) {}
 
-  T share_of(const Box<T>& b) const { return likely_ * area(b); }
+  T share_of(const Box<T>& b) const { return shares_.of(b); }
 
   OverlapQuery<T> query(const Box<T>& one) const {
     using V = Vec<T>;
-    const T one_area = area(one);
-    // Next to denormal areas products round too coarsely: then every quotient is taken.
-    const T share = one_area < T(1e-30) ? -std::numeric_limits<T>::infinity() : likely_ * one_area;
-    return {broadcast(one), splat<V>(one_area), splat<V>(share)};
+    return {broadcast(one), splat<V>(area(one)), splat<V>(shares_.of_query(one))};
   }
 
   // Whether the query's box has IoU > threshold with one of these boxes.
@@ -39,5 +29,6 @@ class OverlapTest {
   }
 
  private:
-  T threshold_, likely_;
+  T threshold_;
+  OverlapShares<T> shares_;
 };

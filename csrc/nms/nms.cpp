@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "common/radix_sort.h"
 #include "common/tensor.h"
@@ -82,7 +83,7 @@ int64_t nms_cpu(const T* boxes, const T* scores, const int64_t* class_ids, int64
   const std::vector<uint32_t> order = visiting_order(scores, n);
   std::vector<int64_t> groups;
   const int64_t count = class_ids && n > 0 ? dense_classes(class_ids, n, groups) : 1;
-  return SSD_EXT_SIMD_CALL(nms<T>, boxes, n, order, groups, count, threshold, keep);
+  return SSD_EXT_SIMD_CALL(nms<T>, boxes, order, groups, count, threshold, keep);
 }
 
 // The kept boxes, on the CPU.
@@ -98,14 +99,6 @@ std::vector<int64_t> run_cpu(const Call& call) {
   return keep;
 }
 
-// aten::sort, stable, falling: (sorted keys, order).
-std::tuple<Tensor, Tensor> sort_falling(const Tensor& keys) {
-  StableIValue stack[] = {torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
-                          torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(true)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
 // keep [N], padded with -1, and count [], on the GPU; no host synchronisation.
 std::tuple<Tensor, Tensor> run_cuda(const Call& call) {
   const CudaLaunch launch(call.op, call.boxes);
@@ -114,14 +107,10 @@ std::tuple<Tensor, Tensor> run_cuda(const Call& call) {
   const DType dtype = dtype_of(boxes);
   Tensor keep = new_output(boxes, {call.n}, ScalarType::Long);
   Tensor count = new_output(boxes, {}, ScalarType::Long);
-  Tensor keys = new_output(boxes, {call.n}, dtype == DType::f64 ? ScalarType::Long : ScalarType::Int);
-  SSD_EXT_CUDA_CALL(sort_keys_cuda(dtype, scores.const_data_ptr(), keys.mutable_data_ptr(), call.n, launch.stream));
-  const auto [sorted_keys, sorted_order] = sort_falling(keys);
-  const Tensor sorted = cuda_input(sorted_keys), order = cuda_input(sorted_order);
   SSD_EXT_CUDA_CALL(
-      Tensor scratch = byte_workspace(boxes, workspace_bytes(dtype, call.n));
-                    nms_cuda(dtype, boxes.const_data_ptr(), ids ? ids->const_data_ptr<int64_t>() : nullptr,
-                             sorted.const_data_ptr(), order.const_data_ptr<int64_t>(), call.n, call.iou_threshold,
+      Tensor scratch = byte_workspace(boxes, workspace_bytes(dtype, call.n, ids.has_value()));
+                    nms_cuda(dtype, boxes.const_data_ptr(), scores.const_data_ptr(),
+                             ids ? ids->const_data_ptr<int64_t>() : nullptr, call.n, call.iou_threshold,
                              scratch.mutable_data_ptr(), keep.mutable_data_ptr<int64_t>(),
                              count.mutable_data_ptr<int64_t>(), launch.stream));
   return {keep, count};
