@@ -69,6 +69,27 @@ def test_cuda_gives_the_cpu_gradients(case, gpu, generator):
         assert_same_bits(found, gradients(ops.multibox_loss, **inputs))
 
 
+def random_images(batch, priors, classes, generator):
+    return {
+        "deltas": torch.randn(batch, priors, 4, generator=generator),
+        "logits": torch.randn(batch, priors, classes, generator=generator),
+        "target_deltas": torch.randn(batch, priors, 4, generator=generator),
+        "labels": (torch.rand(batch, priors, generator=generator) < 0.01).long(),
+    }
+
+
+def test_more_priors_than_a_gpu_block_has_bits_for(gpu, generator):
+    inputs = random_images(1, 33_000, 2, generator)
+    assert_same_bits(gpu(ops.multibox_loss, inputs), ops.multibox_loss(**inputs))
+
+
+@pytest.mark.slow  # for the emulator: a thousand threads for each image
+def test_more_images_than_a_gpu_grid_is_high(gpu, generator):
+    inputs = random_images(65_540, 1, 2, generator)
+    found = gpu(partial(gradients, ops.multibox_loss), inputs)
+    assert_same_bits(found, gradients(ops.multibox_loss, **inputs))
+
+
 def selected(logits, labels, device="cpu", **arguments):
     """``[B, P]``: whose logits have a gradient."""
     zeros = torch.zeros(*labels.shape, 4, dtype=logits.dtype)

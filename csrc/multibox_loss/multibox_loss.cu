@@ -200,21 +200,21 @@ __global__ void __launch_bounds__(kThreads, (Row::kInRegisters ? 24 : 16) / size
 // Priors lie closer together than classes.
 bool is_class_major(const Strides& strides) { return strides.prior < strides.last; }
 
-// f(a null pointer to the LogitsRow that suits this layout and number of classes). Few lanes have several classes
-// each, which saves the instructions around them. float64 is too rare for kernels of its own.
+// f(the tag of the LogitsRow that suits this layout and number of classes). Few lanes have several classes each, which
+// saves the instructions around them. float64 is too rare for more kernels.
 template <class T, class F>
 void with_row(const Strides& strides, int64_t classes, const F& f) {
-  if (is_class_major(strides)) return f(static_cast<LogitsRow<T, 4, 8>*>(nullptr));
-  if (strides.last != 1) return f(static_cast<LogitsRow<T, 16, 4>*>(nullptr));
+  if (is_class_major(strides)) return f(gpu::Tag<LogitsRow<T, 4, 8>>{});
+  if (strides.last != 1) return f(gpu::Tag<LogitsRow<T, 16, 4>>{});
   if constexpr (!std::is_same_v<T, double>) {
-    if (classes <= 1 + 4 * 3) return f(static_cast<LogitsRow<T, 4, 3, 0>*>(nullptr));
-    if (classes <= 1 + 4 * 5) return f(static_cast<LogitsRow<T, 4, 5, 3>*>(nullptr));
-    if (classes <= 1 + 4 * 8) return f(static_cast<LogitsRow<T, 4, 8, 5>*>(nullptr));
-    if (classes <= 1 + 8 * 8) return f(static_cast<LogitsRow<T, 8, 8, 4>*>(nullptr));
-    if (classes <= 1 + 8 * 10) return f(static_cast<LogitsRow<T, 8, 10, 8>*>(nullptr));
-    if (classes <= 1 + 16 * 8) return f(static_cast<LogitsRow<T, 16, 8, 5>*>(nullptr));
+    if (classes <= 1 + 4 * 3) return f(gpu::Tag<LogitsRow<T, 4, 3, 0>>{});
+    if (classes <= 1 + 4 * 5) return f(gpu::Tag<LogitsRow<T, 4, 5, 3>>{});
+    if (classes <= 1 + 4 * 8) return f(gpu::Tag<LogitsRow<T, 4, 8, 5>>{});
+    if (classes <= 1 + 8 * 8) return f(gpu::Tag<LogitsRow<T, 8, 8, 4>>{});
+    if (classes <= 1 + 8 * 10) return f(gpu::Tag<LogitsRow<T, 8, 10, 8>>{});
+    if (classes <= 1 + 16 * 8) return f(gpu::Tag<LogitsRow<T, 16, 8, 5>>{});
   }
-  f(static_cast<LogitsRow<T, 16, 8>*>(nullptr));
+  f(gpu::Tag<LogitsRow<T, 16, 8>>{});
 }
 
 // ---- mining and sums, a block an image ------------------------------------------------------------
@@ -232,7 +232,7 @@ struct Workspace {
   }
 };
 
-// What the threads of a block tell each other.
+// What the threads of a block share.
 template <class Key>
 struct Settling {
   gpu::Selection<Key> selection;
@@ -318,7 +318,6 @@ __device__ __forceinline__ double add_terms(double sum, unsigned kept, const F& 
   return sum;
 }
 
-// Writes the divisors and the losses, once the sums of all images are known.
 struct Scalar {
   void* data;
   DType dtype;
@@ -331,6 +330,7 @@ __device__ void store_scalar(const Scalar& to, double value) {
   }
 }
 
+// Writes the divisors and the losses, of the sums of all images.
 template <class Key>
 __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisors, const Scalar& loc,
                        const Scalar& conf, Settling<Key>& shared) {
@@ -355,8 +355,33 @@ __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisor
   }
 }
 
-// 1. Cuts off the hardest negatives of an image. 2. Clears the ranks of all that is not kept. 3. Sums the terms of what
-// is. 4. The last block divides the sums of all images.
+constexpr int kRounds = 32;  // of kSums priors, one bit for each
+
+// What is kept of priors first + r * kSums + threadIdx.x: bit r.
+struct Kept {
+  unsigned negatives, positives;
+};
+
+// The priors from `first` on; ranks of those that are not kept become the least.
+template <class C, class Keys>
+__device__ Kept keep(int64_t first, const Keys& keys, const gpu::Cut<typename Keys::Key>& cut, IntOf<C>* ranks) {
+  Kept kept{0, 0};
+#pragma unroll 1
+  for (int r = 0; r < kRounds; ++r) {
+    const int64_t i = first + r * kSums + int(threadIdx.x);
+    if (i >= keys.n) break;
+    const auto key = keys(i);
+    if (key == gpu::kPositiveKey) {
+      kept.positives |= 1u << r;
+    } else if (cut.takes(key, i)) {
+      kept.negatives |= 1u << r;
+    } else {
+      ranks[i] = kAbsent<C>;
+    }
+  }
+  return kept;
+}
+
 template <class C, bool kCached>
 __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     settle_kernel(IntOf<C>* ranks,                     // [B, P]
@@ -364,12 +389,12 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
                   Fours deltas, Fours targets, Loss loss, Workspace workspace, int64_t* __restrict__ divisors,
                   Scalar loc, Scalar conf) {
   using Key = decltype(radix_key(IntOf<C>{}));
-  constexpr int kRounds = 32;  // of kSums priors, one bit for each
   const int64_t n = loss.mining.num_priors, image = blockIdx.x;
   gpu::Smem smem;
   Settling<Key>& shared = *smem.take<Settling<Key>>(1);
   Key* const cache = smem.take<Key>(kCached ? n : 0);
-  if (image < loss.mining.batch) {
+  if (image < loss.mining.batch) {  // a batch of none has a block, too
+    // 1. The hardest negatives are cut off.
     IntOf<C>* const rank = ranks + image * n;
     const int64_t* const label = labels + image * n;
     const auto make = [=](int64_t i) { return gpu::key_of(label[i], radix_key(rank[i])); };
@@ -379,37 +404,24 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
       return negatives_to_mark(positives, negatives, loss.mining);
     };
     const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, shared.selection);
-    double loc_sum = 0, conf_sum = 0;  // of priors p with p % kSums == threadIdx.x, in rising order
+    // 2. What is kept is summed up, prior p in partial sum p % kSums, in rising order.
+    double loc_sum = 0, conf_sum = 0;
 #pragma unroll 1
     for (int64_t first = 0; first < n; first += kRounds * kSums) {
-      unsigned kept = 0, positive = 0;
-#pragma unroll 1
-      for (int r = 0; r < kRounds; ++r) {
-        const int64_t i = first + r * kSums + int(threadIdx.x);
-        if (i >= n) break;
-        const Key key = keys(i);
-        if (key == gpu::kPositiveKey) {
-          positive |= 1u << r;
-        } else if (cut.takes(key, i)) {
-          kept |= 1u << r;
-        } else {
-          rank[i] = kAbsent<C>;
-        }
-      }
+      const Kept kept = keep<C>(first, keys, cut, rank);
       const int64_t of_warp = first + int(threadIdx.x) / gpu::kWarp * gpu::kWarp;
-      conf_sum = add_terms(conf_sum, kept | positive,
+      conf_sum = add_terms(conf_sum, kept.negatives | kept.positives,
                            [&](int owner, int r) { return loss_of_rank<C>(rank[of_warp + r * kSums + owner]); });
-      loc_sum = add_terms(loc_sum, positive, [&](int owner, int r) {
+      loc_sum = add_terms(loc_sum, kept.positives, [&](int owner, int r) {
         return loc_term(deltas, targets, image, of_warp + r * kSums + owner, loss.beta);
       });
     }
     loc_sum = gpu::block_sum(loc_sum, shared.locs);
     conf_sum = gpu::block_sum(conf_sum, shared.confs);
-    if (threadIdx.x == 0) {
-      workspace.sums[image].loc = loc_sum;
-      workspace.sums[image].conf = conf_sum;
-    }
+    if (threadIdx.x == 0) workspace.sums[image].loc = loc_sum;
+    if (threadIdx.x == gpu::kWarp) workspace.sums[image].conf = conf_sum;
   }
+  // 3. The last block to come so far ends what all have summed.
   if (gpu::is_last_block(workspace.ticket, gridDim.x)) {
     finish(workspace.sums, loss, divisors, loc, conf, shared);
   }
@@ -445,7 +457,7 @@ struct KeptRows {
   int count;
 };
 
-// One warp lists the kept rows of a tile.
+// Lists the kept rows of a tile, by the first warp.
 template <class C>
 __device__ void list_kept(int64_t first, int rows, const IntOf<C>* ranks, const int64_t* labels,
                           const int64_t* divisors, C grad_conf, const Loss& loss, KeptRows<C>& kept) {
@@ -489,8 +501,7 @@ __device__ void clear(T* to, int64_t n) {
   for (int64_t i = n / kEach * kEach + threadIdx.x; i < n; i += kThreads) to[i] = T(0.0f);
 }
 
-// kDense: the gradient is contiguous. 1. A warp lists the rows of the tile that are kept, while all clear it. 2. Half a
-// warp a row writes the gradients of those.
+// kDense: the gradient is contiguous.
 template <class T, bool kDense>
 __global__ void __launch_bounds__(kThreads)
     logits_gradient_kernel(const gpu::Compute<T>* __restrict__ grad_conf, const T* __restrict__ logits, Strides strides,
@@ -502,6 +513,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ KeptRows<C> kept;
   const int64_t first = int64_t(blockIdx.x) * kTileRows, all = loss.mining.batch * loss.mining.num_priors;
   const int rows = int(min_of<int64_t>(all - first, kTileRows));
+  // 1. A warp lists the kept rows of the tile, and all clear it.
   if (threadIdx.x < gpu::kWarp) list_kept(first, rows, ranks, labels, divisors, *grad_conf, loss, kept);
   if constexpr (kDense) {
     clear(gradient + first * loss.classes, rows * loss.classes);
@@ -514,6 +526,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();  // list and zeros are written
 
+  // 2. Half a warp a row writes the gradients of the kept ones.
   const int lane = int(threadIdx.x) % kWays, half = int(threadIdx.x) % gpu::kWarp / kWays;
   for (int i = int(threadIdx.x) / gpu::kWarp * 2; i < kept.count; i += kThreads / kWays) {
     const bool inside = i + half < kept.count;  // else both halves have the same row, and one stores it
@@ -606,8 +619,8 @@ void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targ
     using C = gpu::Compute<T>;
     using Key = decltype(radix_key(IntOf<C>{}));
     IntOf<C>* const rank = static_cast<IntOf<C>*>(ranks);
-    with_row<T>(logits.strides, loss.classes, [&](auto* suited) {
-      using Row = std::remove_pointer_t<decltype(suited)>;
+    with_row<T>(logits.strides, loss.classes, [&](auto row) {
+      using Row = typename decltype(row)::type;
       gpu::launch(rank_kernel<Row>, grid_for(loss.mining, Row::kLanes), dim3(kThreads), 0, stream,
                   static_cast<const T*>(logits.data), logits.strides, labels, loss, rank, w.ticket);
     });
