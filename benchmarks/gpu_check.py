@@ -4,7 +4,7 @@ Stages, the most wanted first, each within its time limit::
 
     facts      GPU, driver, clocks, compilers, torch
     build      with CMake, without a network, for this GPU alone; leaves the extension in ssd_ext/
-    smoke      each op, launch by launch: OK, BITS DIFFER (from the CPU's) or what it raised (kernel_calls.py)
+    smoke      each op, with blocking launches: OK, BITS DIFFER (from the CPU's) or what it raised (kernel_calls.py)
     profile    the time of each kernel, of a CUDA graph's replay, of the host (gpu_profile.py)
     cuda       the tests on CUDA: equal to the CPU to the bit, captured in CUDA graphs, no host synchronisation
     ncu        what binds each kernel at B=32 (ncu.py)
@@ -225,14 +225,14 @@ def cuda(check: Check) -> Outcome:
     command = [sys.executable, "-m", "pytest", "tests", "-q", "--tb=short", "--by-function", "-k", SELECTION]
     command.append("--continue-on-collection-errors")
     notes = []
-    for module, package, options, else_ in (
+    for module, package, options, without in (
         ("xdist", "pytest-xdist", ["-n", str(min(12, cores())), "--dist", "worksteal"], "tests run one by one"),
         ("pytest_timeout", "pytest-timeout", ["--timeout", "45"], "a test that hangs is not ended"),
     ):
         if importlib.util.find_spec(module):
             command += options
         else:
-            notes.append(f"{else_}, for want of {package}")
+            notes.append(f"{without}, for want of {package}")
     if check.dry_run:
         job = Job([*command, "--collect-only"], show=nothing)
         check.run(job)
@@ -312,7 +312,7 @@ def sanitize(check: Check) -> Outcome:
         first = 75 / LIMITS["sanitizer"] * check.left
         for pair, limit in ((sanitizer.TOOLS[:2], first), (sanitizer.TOOLS[2:], check.left)):
             limit = min(limit, check.left)
-            # A call that has begun is not broken off, and Python and torch start slowly under the tools.
+            # A call that has begun goes on to its end, and Python and torch start slowly under the tools.
             jobs = [sanitizer.job(program, tool, limit * 0.6, faults) for tool in pair]
             check.run(*jobs, limit=limit)
             for job in jobs:
@@ -381,7 +381,7 @@ def earlier_stages(file: Path, under: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         return {}
     record = json.loads(file.read_text())
-    same = all(record["conditions"][key] == under[key] for key in ("gpu", "sources", "torch", "dry_run"))
+    same = all(record["conditions"].get(key) == under[key] for key in ("gpu", "sources", "torch", "dry_run"))
     return record["stages"] if same else {}
 
 

@@ -312,6 +312,8 @@ def _check_image(image: Tensor, name: str, dims: int) -> None:
 
 def _map_shapes(backbone: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """``(channels, rows, columns)`` of the backbone's maps, without computing them."""
+    if min(image_size) < 1:  # which torch 2.11 convolves
+        raise ValueError(f"image_size {image_size} does not suit the backbone: it must be positive")
     state = {name: t.to("meta") for name, t in [*backbone.named_parameters(), *backbone.named_buffers()]}
     try:
         # two images: of one, batch normalisation refuses a map of a single cell
