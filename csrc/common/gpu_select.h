@@ -5,17 +5,6 @@
 
 namespace ssd_ext::gpu {
 
-// Sum of x over the lanes before this one.
-template <class X>
-__device__ X sum_before(X x, int lane) {
-  X sum = x;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const X other = __shfl_up_sync(kFullMask, sum, offset);
-    if (lane >= offset) sum += other;
-  }
-  return sum - x;
-}
-
 // The warps' sums, then the sum of those, in a block of kWarp warps. `of_warps` is this call's alone until the next
 // __syncthreads.
 template <class X>

@@ -1,5 +1,5 @@
 #pragma once
-// Reductions over the 32 lanes of a warp, which all of them call together; each gets the result.
+// Reductions and scans over the 32 lanes of a warp, which all of them call together.
 #include "common/gpu.h"
 
 namespace ssd_ext::gpu {
@@ -9,6 +9,17 @@ template <class X>
 __device__ X warp_sum(X x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
   return x;
+}
+
+// Sum of x over the lanes before this one.
+template <class X>
+__device__ X sum_before(X x, int lane) {
+  X sum = x;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const X other = __shfl_up_sync(kFullMask, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  return sum - x;
 }
 
 // The maximum of x. One instruction from Ampere (sm_80) on; Turing exchanges lanes.

@@ -2,7 +2,6 @@
 
 #include "common/gpu_last_block.h"
 #include "common/gpu_rank.h"
-#include "common/gpu_select.h"
 #include "common/gpu_tile.h"
 
 // 1. Sort:     boxes are put in the order of visiting, and where they are many and of several classes grouped by class
@@ -41,7 +40,7 @@ constexpr int kThreads = kRowThreads + gpu::kWarp;  // and a warp that decides
 constexpr int kRowsOfWarp = kTile / kRowWarps;
 template <class C>
 constexpr int kRowsAtOnce = sizeof(C) == 8 ? 1 : kRowsOfWarp;  // as registers allow
-constexpr int kCompactThreads = gpu::kSelectThreads;
+constexpr int kCompactThreads = gpu::kWarp * gpu::kWarp;
 static_assert(kChunk == gpu::kWarp && kChunk % kStep == 0);
 
 SSD_EXT_HD int64_t tiles_for(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -495,17 +494,21 @@ __global__ void __launch_bounds__(kCompactThreads) compact_kernel(const FourFlag
                                                                   int64_t n,
                                                                   int64_t* __restrict__ keep,  // [n]
                                                                   int64_t* __restrict__ count) {
-  constexpr int kWarps = kCompactThreads / gpu::kWarp;
-  __shared__ int64_t before[kWarps], of_warps[kWarps];
+  __shared__ int64_t kept_before[gpu::kWarp], kept_of[gpu::kWarp];  // by warp: before the block, its share of; in it
   const int lane = threadIdx.x % gpu::kWarp, warp = threadIdx.x / gpu::kWarp;
   const int64_t place = gpu::global_index(), first = int64_t(blockIdx.x) * kCompactThreads;
   const bool is_kept = place < n && flags[place / 4].of[place % 4];
   const unsigned kept = __ballot_sync(gpu::kFullMask, is_kept);
-  if (lane == 0) of_warps[warp] = __popc(kept);
-  int64_t rank = 0;
-  for (int64_t i = threadIdx.x; i < first / 4; i += kCompactThreads) rank += __popc(bit_cast<unsigned>(flags[i]));
-  rank = gpu::block_sum(rank, before);  // whose barrier publishes of_warps, too
-  rank += __shfl_sync(gpu::kFullMask, gpu::sum_before(of_warps[lane], lane), warp) + __popc(kept & ((1u << lane) - 1));
+  int64_t before = 0;
+  for (int64_t i = threadIdx.x; i < first / 4; i += kCompactThreads) before += __popc(bit_cast<unsigned>(flags[i]));
+  before = gpu::warp_sum(before);
+  if (lane == 0) {
+    kept_before[warp] = before;
+    kept_of[warp] = __popc(kept);
+  }
+  __syncthreads();  // all warps have counted
+  const int64_t in_block = __shfl_sync(gpu::kFullMask, gpu::sum_before(kept_of[lane], lane), warp);
+  const int64_t rank = gpu::warp_sum(kept_before[lane]) + in_block + __popc(kept & ((1u << lane) - 1));
   if (is_kept) keep[rank] = index_of(by_score[place]);
   if (place == n - 1) *count = rank + is_kept;
 }
