@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES, SIMD_LEVELS
+from conftest import DEVICES, EMULATED, SIMD_LEVELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_detect import memory_peak
@@ -83,7 +83,7 @@ def test_more_priors_than_a_gpu_block_has_bits_for(gpu, generator):
     assert_same_bits(gpu(ops.multibox_loss, inputs), ops.multibox_loss(**inputs))
 
 
-@pytest.mark.slow  # for the emulator: a thousand threads for each image
+@pytest.mark.skipif(bool(EMULATED), reason="takes minutes in the emulator: a thousand threads for each image")
 def test_more_images_than_a_gpu_grid_is_high(gpu, generator):
     inputs = random_images(65_540, 1, 2, generator)
     found = gpu(partial(gradients, ops.multibox_loss), inputs)
