@@ -12,7 +12,7 @@ EXPECTED = {  # calls, outputs, scratch, copies, launches
     "encode": Counts(1, 1, 0, 0, 1),
     "decode": Counts(1, 1, 0, 0, 1),
     "box_iou": Counts(1, 1, 0, 0, 1),
-    "detect": Counts(1, 4, 1, 0, 2),
+    "detect": Counts(1, 4, 1, 0, 3),
     "match": Counts(6, 1, 2, 1, 2),  # of a list: torch.tensor() makes the offsets, which are copied to the device
     "assign_targets": Counts(6, 2, 2, 1, 2),
     "hard_negatives": Counts(1, 1, 0, 0, 1),

@@ -137,6 +137,7 @@ CASES = [
     *_case("random N=33", _sized(_random, 33)),
     *_case("clustered N=100", _sized(_clustered, 100)),
     *_case("clustered N=257", _sized(_clustered, 257), score_threshold=0.1),
+    *_case("random N=2100, few above the threshold", _sized(_random, 2100), score_threshold=0.99),
     *_case("N=0", _sized(_random, 0)),
     *_case("N=1", _sized(_random, 1)),
     *_case("N=1 too low", _sized(_random, 1), score_threshold=1.0),
