@@ -52,10 +52,10 @@ struct Kth {
 
 // Of key_at(0) .. key_at(n - 1), unsigned integers of kBits bits, at least k >= 1 of them above 0; n < 2^32.
 // All threads of the block call it, and each loads kAhead keys before it uses the first. `counted`: the first digits
-// are counted, and a barrier has passed. With `least` the result may cut off fewer than k, but at least so many.
-template <int kThreads, int kBits, int kAhead = 1, class Key, class KeyAt>
+// are counted, and a barrier has passed. With kRoughly the result may cut off fewer than k, but at least half of them.
+template <int kThreads, int kBits, int kAhead = 1, bool kRoughly = false, class Key, class KeyAt>
 __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared,
-                                 bool counted = false, int64_t least = std::numeric_limits<int64_t>::max()) {
+                                 bool counted = false) {
   static_assert(kBits % kDigitBits == 0);
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   Kth<Key> kth{0, k, n};
@@ -95,8 +95,8 @@ __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     }
     __syncthreads();  // the prefix is written
     kth = {shared.prefix, shared.wanted, shared.found};
-    if (kth.found == kth.wanted) break;                                       // the same in every thread
-    if (k - kth.wanted >= least) return {kth.key + (Key(1) << shift), 0, 0};  // those that begin so stay out
+    if (kth.found == kth.wanted) break;                                               // the same in every thread
+    if (kRoughly && k >= 2 * kth.wanted) return {kth.key + (Key(1) << shift), 0, 0};  // those that begin so stay out
   }
   return kth;
 }

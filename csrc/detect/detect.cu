@@ -198,7 +198,7 @@ __device__ RowStats<C> stats_of_row(const Logit& logit, int classes, bool is_wan
 
 // A warp for 2 * kPairs priors of an image, each of its halves for every other one.
 template <class T, int kPairs>
-__global__ void __launch_bounds__(kCollectThreads, sizeof(T) == 8 ? 5 : 9)
+__global__ void __launch_bounds__(kCollectThreads, sizeof(T) == 8 ? 5 : 8)
     collect_kernel(Inputs in, Workspace<gpu::Compute<T>> w, gpu::Compute<T> bound) {
   using C = gpu::Compute<T>;
   __shared__ Key<C> staged[kCollectThreads / gpu::kWarp][kStaged];
@@ -339,7 +339,9 @@ struct ClassOrder {
   int prior_bits;
 
   __device__ explicit ClassOrder(const Sizes& sizes)
-      : priors(uint32_t(sizes.priors)), classes(uint32_t(sizes.classes)), prior_bits(32 - __clz(int(priors - 1))) {}
+      : priors(uint32_t(sizes.priors)), classes(uint32_t(sizes.classes)) {
+    prior_bits = 32 - __clz(int(priors - 1));  // not above, where the host's compiler would look for __clz
+  }
 
   __device__ Key<C> by_class(Key<C> key) const {
     const uint32_t number = number_of<C>(key), label = number / priors, prior = number % priors;
@@ -382,7 +384,7 @@ __device__ Key<C> next_chunk(const Key<C>* list, int n, int& seen, Key<C>& last,
   };
   Key<C> cut = 1;
   if (n - seen > kChunk) {  // any good part of a chunk will do
-    cut = gpu::kth_greatest<kThreads, kKeyBits<C>, kAhead>(key_at, n, kChunk, select, false, kChunk / 2).key;
+    cut = gpu::kth_greatest<kThreads, kKeyBits<C>, kAhead, true>(key_at, n, kChunk, select).key;
   }
   if (thread == 0) shared.gathered = 0;
   shared.keys[thread] = 0;
