@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 from conftest import EMULATED, emulated
+from test_ops import spread
 
 from benchmarks.cases import OPS
-from benchmarks.cases.spec import FLOATS, convert, tensors_in
+from benchmarks.cases.spec import FLOATS, convert, map_tensors, tensors_in
 from ssd_ext import _C
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="needs a build with SSD_EXT_EMULATE (see CONTRIBUTING.md)")
@@ -66,20 +67,25 @@ def test_emulated_cases_launch_every_kernel(generator):
     kernels = _C.emulator.kernels()
     rooms = {op.op.__module__.split(".")[-1] for op in OPS}
     assert {kernel.split("::")[1] for kernel in kernels} == rooms
+
+    def launch(op, given):
+        leaves = [given[name].requires_grad_() for name in op.differentiable]
+        with emulated(EMULATED[0]):
+            outputs = op.op(**given)
+            if leaves:
+                torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
+
     for op in OPS:
         room = op.op.__module__.split(".")[-1]
         made = [case.make(generator) for case in op.cases if not case.benchmark]
-        for inputs in sorted(made, key=lambda inputs: op.traffic(inputs, ())):
-            for dtype in FLOATS:
-                if not (before := missing(room)):
-                    break
-                given = convert(inputs, dtype)
-                leaves = [given[name].requires_grad_() for name in op.differentiable]
-                with emulated(EMULATED[0]):
-                    outputs = op.op(**given)
-                    if leaves:
-                        torch.autograd.grad(sum(t.sum() for t in tensors_in(outputs)), leaves)
-                if missing(room) == before:  # nor would the other types: each has the same kernels
-                    break
+        made.sort(key=lambda inputs: op.traffic(inputs, ()))
+        for change in (lambda t: t, spread):
+            for inputs in made:
+                for dtype in FLOATS:
+                    if not (before := missing(room)):
+                        break
+                    launch(op, map_tensors(convert(inputs, dtype), change))
+                    if missing(room) == before:  # nor would the other types: each has the same kernels
+                        break
     for room in rooms:
         assert missing(room) == []

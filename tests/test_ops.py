@@ -35,6 +35,11 @@ def assert_same_bits(a, b):
             assert torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan())
 
 
+def spread(t):
+    """The same values, every second element of a wider tensor."""
+    return t.unsqueeze(-1).repeat(*[1] * t.dim(), 2)[..., 0] if t.dim() else t
+
+
 def requiring_grad(op, inputs):
     return {
         k: v.clone().requires_grad_() if k in op.differentiable and v.is_floating_point() else v
@@ -74,9 +79,6 @@ def test_same_bits_for_every_simd_level_and_thread_count(op, case, simd, threads
 @pytest.mark.parametrize(("op", "case"), SMALL)
 def test_any_stride_gives_the_same_bits(op, case, device, generator):
     inputs = convert(case.make(generator), device=device)
-
-    def spread(t):  # the same values, every second element of a wider tensor
-        return t.unsqueeze(-1).repeat(*[1] * t.dim(), 2)[..., 0] if t.dim() else t
 
     def shifted(t):  # contiguous, but not aligned for vector loads
         return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
