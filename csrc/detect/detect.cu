@@ -136,9 +136,9 @@ struct Stage {
   Key<C>* list;
   unsigned size;  // of the list
   unsigned count = 0;
-  bool is_lost = false;  // the list, as *found says
+  bool is_lost = false;  // the list is, as *found shows
 
-  // Of the lanes that are candidates, the keys. All lanes call it.
+  // Takes the keys of those lanes that have a candidate. All lanes call it.
   __device__ void add(bool is_candidate, Key<C> key) {
     const unsigned passed = __ballot_sync(gpu::kFullMask, is_candidate);
     if (passed == 0) return;
@@ -164,8 +164,7 @@ struct Stage {
   }
 };
 
-// Of the rows of this half of a warp, as bits: those that may have a candidate. All their logits are on their way at
-// once.
+// Which rows of this half of a warp may have a candidate, as bits. All their logits are in flight at once.
 template <int kPairs, class C, class Logit>
 __device__ unsigned rows_with_candidates(const Logit& logit, int first, int classes, bool is_sigmoid, C bound) {
   C most[kPairs], background[kPairs];
@@ -185,7 +184,7 @@ __device__ unsigned rows_with_candidates(const Logit& logit, int first, int clas
   return rows;
 }
 
-// Of a row, by half a warp; logit(c) is asked only where `is_wanted`.
+// The maximum and the sum of a row, by half a warp, which reads the row only if `is_wanted`.
 template <class C, class Logit>
 __device__ RowStats<C> stats_of_row(const Logit& logit, int classes, bool is_wanted) {
   const int own = int(threadIdx.x) % kSumLanes, end = is_wanted ? classes : 0;
@@ -270,7 +269,7 @@ struct ClassScores {
   }
 };
 
-// What the threads of finish_kernel tell each other outside a visit.
+// What the threads of a block share while they make a list anew.
 template <class C>
 struct ListMaking {
   gpu::SelectShared<Key<C>> select;
@@ -355,7 +354,7 @@ struct ClassOrder {
   }
 };
 
-// What the threads of a visit tell each other about a chunk, and what is kept of earlier chunks.
+// What the threads of a block share during a visit: a chunk of candidates, and what is kept of earlier chunks.
 template <class C>
 struct Visit {
   Key<C> keys[kChunk];
@@ -391,7 +390,7 @@ __device__ Key<C> next_chunk(const Key<C>* list, int n, int& seen, Key<C>& last,
   __syncthreads();  // nothing is gathered
 #pragma unroll 1
   for (int begin = 0; begin < n; begin += kAhead * kThreads) {
-    Key<C> keys[kAhead];  // many loads on their way at once
+    Key<C> keys[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const int i = begin + j * kThreads + thread;
@@ -595,7 +594,7 @@ __device__ bool meets_kept(const Kept<C>& kept, int32_t label, bool is_agnostic,
   const int lane = int(threadIdx.x) % gpu::kWarp;
   bool is_hit = false;
   for (int64_t begin = 0; begin < kept.count; begin += gpu::kWarp) {
-    // A lane looks whether a kept one is a rival to any candidate of the warp, whose labels rise.
+    // Each lane checks for one kept box whether it can be a rival of any candidate of the warp, whose labels rise.
     const int32_t low = __shfl_sync(gpu::kFullMask, label, 0),
                   high = __shfl_sync(gpu::kFullMask, label, gpu::kWarp - 1);
     const int32_t other = begin + lane < kept.count ? kept.labels[begin + lane] : -1;
@@ -624,7 +623,7 @@ __device__ int order_kept(C score, Visit<C>& shared) {
   return all;
 }
 
-// Writes the best `all` candidates in shared.keys as detections, as far as there is room, and for later chunks.
+// Writes the `all` candidates in shared.keys as detections, as far as there is room, and keeps them for later chunks.
 template <class T, class C>
 __device__ void write_detections(const Outputs<T>& out, int64_t image, int64_t most, int all, bool is_long,
                                  Kept<C>& kept, const Visit<C>& shared) {
