@@ -73,9 +73,7 @@ LIMITS = {  # seconds
 }
 BY_FUNCTION = "= outcomes of each test function ="
 SELECTION = "cuda or mixed_devices"
-NEVER_SKIPPED = re.compile(
-    "cuda_gives|cuda_graph|mixed_devices|on_a_gpu"
-)  # in the names of tests that only a GPU can run
+NEVER_SKIPPED = re.compile("cuda_gives|cuda_graph|mixed_devices|gpu")  # in the names of tests that need a GPU
 # Of each op what decides most, for a run without --full.
 BENCHMARK = {
     "multibox_loss": ("SSD300 B=1", "SSD300 B=32", "SSD300 B=32, backward too"),
