@@ -477,9 +477,8 @@ struct Overlaps {
     bool likely, surely;
   };
   __device__ Verdict rough(const Box<C>& other) const {
-    // A NaN coordinate may get lost here, but not in the union: then it is neither, which is right.
-    const C w = fmin(box.x2, other.x2) - fmax(box.x1, other.x1), h = fmin(box.y2, other.y2) - fmax(box.y1, other.y1);
-    const C inter = fmax(w, C(0)) * fmax(h, C(0)), total = own_area + area(other) - inter;
+    // Where a coordinate is NaN, so is the union: the verdict is neither, which is right.
+    const C inter = gpu::rough_intersection(box, other), total = own_area + area(other) - inter;
     const bool meet = inter > C(0);
     return {meet && inter > total * low, meet && inter > total * high};
   }
