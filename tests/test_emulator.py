@@ -85,7 +85,7 @@ def test_emulated_cases_launch_every_kernel(generator):
                     if not (before := missing(room)):
                         break
                     launch(op, map_tensors(convert(inputs, dtype), change))
-                    if missing(room) == before:  # nor would the other types: each has the same kernels
+                    if dtype == FLOATS[0] and missing(room) == before:  # the other types have hardly another kernel
                         break
     for room in rooms:
         assert missing(room) == []
