@@ -79,8 +79,8 @@ def test_emulated_cases_launch_every_kernel(generator):
         room = op.op.__module__.split(".")[-1]
         made = [case.make(generator) for case in op.cases if not case.benchmark]
         made.sort(key=lambda inputs: op.traffic(inputs, ()))
-        for change in (lambda t: t, spread):
-            for inputs in made:
+        for inputs in made:
+            for change in (lambda t: t, spread):
                 for dtype in FLOATS:
                     if not (before := missing(room)):
                         break
