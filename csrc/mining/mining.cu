@@ -1,3 +1,9 @@
+// Ladder: microseconds on an H100 for SSD300, as long at B = 1 as at B = 32. These are predictions; nothing is
+// measured.
+//   11  a block for each image: keys in shared memory, a load in flight, four digits of radix selection, then the ties
+//   7   eight loads in flight; the first digits are counted while the keys are loaded, most images need two or three,
+//       and ties are searched for only where the cut leaves them undecided
+// What binds it: the instructions of one multiprocessor. Several blocks for each image would help, but take clusters.
 #include "mining/mining.h"
 
 #include "common/gpu_select.h"
