@@ -12,7 +12,6 @@ void bind_emulator(pybind11::module_ m) {
   m.def("start", &emulator::start, pybind11::arg("seed"), pybind11::arg("dry_run") = false);
   m.def("stop", &emulator::stop);
   m.def("kernels", &emulator::kernels);
-  m.def("launched_kernels", &emulator::launched_kernels);
   m.def("launches", &emulator::launches);
   m.def("fault_names", &emulator::fault_names);
   m.def("run_fault", &emulator::run_fault);

@@ -24,9 +24,8 @@ void forget();  // all that is declared: the call is over
 // of it may be touched. Returns how many bytes to leave free behind it, so that leaving it is noticed.
 size_t declare_array(const void* array, size_t bytes, const void* workspace);
 
-// Kernels of this module, demangled, and those of them that have been launched.
+// Kernels of this module, demangled.
 std::vector<std::string> kernels();
-std::vector<std::string> launched_kernels();
 
 // What has been launched since start(), in order; "clear" for gpu::clear().
 std::vector<std::string> launches();

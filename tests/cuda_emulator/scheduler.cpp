@@ -11,7 +11,6 @@
 #include <numeric>
 #include <random>
 #include <regex>
-#include <set>
 #include <stdexcept>
 
 #include "context.h"
@@ -88,8 +87,7 @@ class Stacks {
 
 bool on = false;
 unsigned seed = 0;
-bool dry;  // a dry run
-std::set<const void*> launched;
+bool dry;                           // a dry run
 std::vector<const void*> sequence;  // of launches since start()
 
 // The launch in progress.
@@ -348,7 +346,6 @@ void run(const void* kernel, void (*run_body)(void*), void* arguments, size_t ar
   check_launch(grid, block, shared_bytes);
   sequence.push_back(kernel);
   if (dry) return;
-  launched.insert(kernel);
   body = run_body;
   body_arguments = arguments;
   grid_size = grid;
@@ -429,12 +426,6 @@ std::vector<std::string> kernels() {
   std::vector<std::string> names;
   for (const symbols::Symbol& s : symbols::functions())
     if (is_kernel(s.name)) names.push_back(s.name);
-  return names;
-}
-
-std::vector<std::string> launched_kernels() {
-  std::vector<std::string> names;
-  for (const void* kernel : launched) names.push_back(symbols::name_of(kernel));
   return names;
 }
 
