@@ -190,6 +190,15 @@ def test_candidates_that_outnumber_every_list(classes, device, generator):
     assert (boxes[0, :, 0] > 1).sum() == classes - 1  # the prior apart, of each class
 
 
+def test_no_candidate_is_visited_twice(device):
+    """More candidates than a kernel visits together, of equal scores and without area: all are kept, in order."""
+    n = 1300
+    inputs = image([[0.0, 4.0]] * n, [[10.0 * i, 0.0, 0.0, 1.0] for i in range(n)], device)
+    expected = [(1, i) for i in range(n)]
+    assert found(inputs, topk_per_class=n, max_detections=n + 1) == expected
+    assert found(inputs, topk_per_class=n, max_detections=n + 1, class_agnostic=True) == expected
+
+
 def memory_peak(call):
     """Bytes that this process had more at its peak during the call than before."""
     read = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024  # noqa: E731
