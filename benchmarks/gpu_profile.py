@@ -2,16 +2,17 @@
 
     python benchmarks/gpu_profile.py [--device cpu] [--seconds 55] [--cases TEXT] [--json FILE]
 
-Prints the rates at which the device copies and fills memory, then for each case the median time of every kernel with
-an L2 that holds nothing of its data, of a CUDA graph's replay and of the host, all in microseconds; of the cases that
-have gradients, again with these. The most wanted cases come first. ``--once`` only calls each, for another profiler.
+Prints the rates at which the device copies and fills memory, then for each case the median time of every kernel and of
+a CUDA graph's replay, both with an L2 that holds nothing of its data, and of the host, all in microseconds; of the
+cases that have gradients, again with these. The most wanted cases come first. ``--once`` only calls each, for another
+profiler.
 
 ``--json FILE`` writes, anew after each case::
 
     {"rates": {"copy": 3000.0, "fill": 2900.0},       # GB/s; {} on the CPU, as are kernels; replay_us is null
      "cases": [
        {"op": "detect", "case": "trained, C=81 B=1", "gradients": false, "host_us": 31.0, "replay_us": 25.1,
-        "kernels": {"detect::visit_kernel<float>": {"us": 12.0, "launches": 1.0}, ...}}, ...]}   # launches a call
+        "kernels": {"detect::finish_kernel<float, 1>": {"us": 12.0, "launches": 1.0}, ...}}, ...]}   # launches a call
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -35,7 +36,7 @@ from benchmarks.cases import OPS
 from benchmarks.cases.spec import Case, Inputs, Op, convert
 from benchmarks.ncu import short
 from benchmarks.record import write_json
-from benchmarks.timing import CudaClock, memory_rate, replay
+from benchmarks.timing import CudaClock, eviction, memory_rate, replay
 from ssd_ext import ops
 
 CASES = (  # the most wanted first
@@ -97,31 +98,11 @@ def gpu_events(call: Callable[[], Any]) -> list[tuple[str, float]]:
     return [(event.name, event.time_range.elapsed_us()) for event in on_gpu]
 
 
-@cache
-def eviction() -> tuple[Callable[[], Any], set[str]]:
-    """A call that leaves nothing of an op in L2, and the names of its kernels. It reads: were it to write, the next
-    kernel would wait for that to reach memory.
-    """
-    evict = torch.ones(torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int32, device="cuda").amax
-    return evict, {name for name, _ in gpu_events(evict)}
-
-
 def profile(call: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    evict, known = eviction()
+    evict = eviction()
+    known = {name for name, _ in gpu_events(evict)}
     events = gpu_events(lambda: (evict(), call()))
     return kernel_times([event for event in events if event[0] not in known], CALLS)
-
-
-def microseconds(call: Callable[[], Any], calls: int) -> float:
-    """Of the device for one of ``calls`` in a row."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e3 / calls
 
 
 def host_microseconds(call: Callable[[], Any], calls: int) -> float:
@@ -136,7 +117,8 @@ def measure(call: Callable[[], Any], cuda: bool) -> dict[str, Any]:
         call()
     if not cuda:
         return {"host_us": host_microseconds(call, 1), "replay_us": None, "kernels": {}}
-    found = {"kernels": profile(call), "replay_us": microseconds(replay(call), 50)}
+    replayed = CudaClock().turn(replay(call), 0.01)
+    found = {"kernels": profile(call), "replay_us": median(replayed.seconds) * 1e6}
     torch.cuda.synchronize()
     return found | {"host_us": host_microseconds(call, 20)}
 
@@ -154,10 +136,9 @@ def lines(row: dict[str, Any], known: Iterable[str]) -> list[str]:
 
 
 def rates() -> dict[str, float]:
-    target = torch.empty(64 << 20, device="cuda")
-    target.zero_()
-    fill = target.nbytes / min(microseconds(target.zero_, 1) for _ in range(5)) * 1e-3
-    return {"copy": memory_rate(CudaClock(flush_l2=False)) * 1e-9, "fill": fill}
+    clock, target = CudaClock(flush_l2=False), torch.empty(64 << 20, device="cuda")
+    fill = target.nbytes / min(clock.turn(target.zero_, 0.02).seconds)
+    return {"copy": memory_rate(clock) * 1e-9, "fill": fill * 1e-9}
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from time import perf_counter, sleep
 from typing import TypeVar
 
@@ -90,14 +91,22 @@ def _run_delay() -> float:
     return nanoseconds * 1e-9
 
 
+@cache
+def eviction() -> Callable[[], object]:
+    """A call that leaves nothing else in L2. It reads: were it to write, the next kernel would wait for that to reach
+    memory. It is one kernel: a reduction to more than few numbers needs no memset.
+    """
+    rows = torch.cuda.get_device_properties(0).L2_cache_size // 4096
+    return partial(torch.ones(rows, 4096, dtype=torch.int32, device="cuda").amax, 1)  # four times as large as L2
+
+
 class CudaClock:
-    """CUDA events round each call. ``flush_l2`` overwrites the cache before each, as other work would."""
+    """CUDA events round each call. ``flush_l2`` evicts what the call before left in the cache, as other work would."""
 
     device = "cuda"
 
     def __init__(self, flush_l2: bool = True):
-        size = 4 * torch.cuda.get_device_properties(0).L2_cache_size if flush_l2 else 0
-        self._flush = torch.empty(size, dtype=torch.uint8, device="cuda") if size else None
+        self._evict = eviction() if flush_l2 else None
 
     def turn(self, call: Callable[[], object], seconds: float = TURN_SECONDS) -> Turn:
         events = []
@@ -105,8 +114,8 @@ class CudaClock:
         start = perf_counter()
         while not events or perf_counter() - start < seconds:
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if self._flush is not None:
-                self._flush.zero_()
+            if self._evict is not None:
+                self._evict()
             pair[0].record()
             call()
             pair[1].record()
