@@ -12,7 +12,7 @@ Stages, the most wanted first, each within its time limit::
     benchmark  the loss, detect and NMS against their peers; --full: everything, torch.compile too
 
 The check ends where going on is useless: after a build that fails, or when no op works. What another stage finds does
-not stop those that follow. All tables are printed again at the end.
+not stop those that follow, and all of them together end within ``SECONDS``. All tables are printed again at the end.
 
 A dry run builds for sm_90 and keeps nothing, calls on the CPU what the stages call on the GPU, collects the tests,
 compiles the planted faults and benchmarks one op.
@@ -40,6 +40,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -61,8 +62,9 @@ from benchmarks.jobs import Job, nothing, run
 from benchmarks.machine import conditions, cores, environment_program, lacking, toolkit_program
 from benchmarks.record import ROOT, write_json
 
+SECONDS = 540  # of all stages, but for the ending of the last one's programs
 LIMITS = {  # seconds
-    "facts": 30,
+    "facts": 60,  # torch is imported for the first time
     "build": 60,
     "smoke": 25,
     "profile": 60,
@@ -71,6 +73,7 @@ LIMITS = {  # seconds
     "sanitizer": 75 + 60,
     "benchmark": 80,
 }
+DRY = 3  # times as much for a dry run, which may have but one core
 BY_FUNCTION = "= outcomes of each test function ="
 SELECTION = "cuda or mixed_devices"
 NEVER_SKIPPED = re.compile("cuda_gives|cuda_graph|mixed_devices|gpu")  # in the names of tests that need a GPU
@@ -126,10 +129,11 @@ def script(name: str, *arguments: object) -> list[str]:
 
 
 def ended(job: Job, failed: str) -> tuple[str, list[str]]:
-    """Verdict and notes of a job by its exit status alone."""
-    if job.status is None:
-        return "timed out", []
-    return ("failed", [f"{failed}, exit status {job.status}"]) if job.status else ("passed", [])
+    """Verdict and notes of a job by its exit status, and by what it had no time for."""
+    unreached = [line for line in job.lines if line.startswith("no time for ")]
+    if job.status:
+        return "failed", [f"{failed}, exit status {job.status}", *unreached]
+    return ("timed out" if job.status is None or unreached else "passed"), unreached
 
 
 # ---- the stages ----------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def build(check: Check) -> Outcome:
 
 
 def smoke(check: Check) -> Outcome:
-    """An op that breaks CUDA for the rest of its process, or ends it, does not hide the others."""
+    """An op that breaks CUDA for the rest of its process, hangs or ends it does not hide the others."""
     names: list[str] = []
     said: dict[str, str] = {}
     after: list[str] = []
@@ -203,7 +207,7 @@ def smoke(check: Check) -> Outcome:
         return Outcome("passed", counts, table=table)
     verdict = "timed out" if job.status is None else "failed"
     works = any(what.startswith(("OK", "BITS DIFFER")) for what in said.values())
-    return Outcome(verdict, counts, wrong or ["no op was called"], table, stop=not works)
+    return Outcome(verdict, counts, wrong or ["no op was called"], table, stop=verdict == "failed" and not works)
 
 
 def profile(check: Check) -> Outcome:
@@ -218,7 +222,7 @@ def profile(check: Check) -> Outcome:
 
 
 def cuda(check: Check) -> Outcome:
-    if notes := lacking("pytest>=8", "hypothesis>=6"):
+    if notes := lacking("pytest>=8"):
         return Outcome("skipped", notes=notes)
     command = [sys.executable, "-m", "pytest", "tests", "-q", "--tb=short", "--by-function", "-k", SELECTION]
     command.append("--continue-on-collection-errors")
@@ -273,14 +277,17 @@ def nsight_compute(check: Check) -> Outcome:
         return Outcome("skipped", notes=notes)
     job = Job(ncu.command(program, [*call, "--seconds", str(check.left * 0.7)]), show=ncu.complaint)
     check.run(job)
+    complaints = list(filter(ncu.complaint, job.lines))[:5]
     rows = ncu.read(job.text)
     table = ncu.table(rows)
     print("\n".join(table), flush=True)
     verdict, wrong = ended(job, "ncu failed")
-    if verdict == "passed" and not any(row["us"] for row in rows):
-        verdict, wrong = "failed", ["ncu measured nothing"]
+    if not any(row["us"] for row in rows):
+        # what it may not or cannot do here says nothing of ours
+        verdict = "skipped" if any(line.startswith("==ERROR==") for line in complaints) else "failed"
+        wrong.insert(0, "ncu measured nothing")
     if verdict != "passed":
-        wrong += list(filter(ncu.complaint, job.lines))[:5] or job.lines[-5:]
+        wrong += complaints or job.lines[-5:]
     return Outcome(verdict, {"kernels": len(rows)}, wrong, table)
 
 
@@ -298,15 +305,16 @@ def sanitize(check: Check) -> Outcome:
             return Outcome("failed", notes=["the planted faults do not compile"])
         if check.dry_run:
             sanitizer.check_faults(faults)
-            job = Job(sanitizer.calls_command("cpu"))
+            job = Job(sanitizer.calls_command("cpu"), show=sanitizer.of_ours())
             check.run(job)
-            done, total, failed = sanitizer.calls_made(job.text)
+            done, total, failed, _ = sanitizer.calls_made(job.text)
             refused = sanitizer.refused_options(program) if program else []
             good = job.status == 0 and 0 < done == total and not failed and not refused
             return Outcome("passed" if good else "failed", {"calls": done}, notes + refused)
         if notes:
             return Outcome("skipped", notes=notes)
         tools: dict[str, dict[str, Any]] = {}
+        said: dict[str, str] = {}
         first = 75 / LIMITS["sanitizer"] * check.left
         for pair, limit in ((sanitizer.TOOLS[:2], first), (sanitizer.TOOLS[2:], check.left)):
             limit = min(limit, check.left)
@@ -314,15 +322,14 @@ def sanitize(check: Check) -> Outcome:
             jobs = [sanitizer.job(program, tool, limit * 0.6, faults) for tool in pair]
             check.run(*jobs, limit=limit)
             for job in jobs:
-                tools[job.name] = sanitizer.judge(job.text, job.status)
-                print(f"{job.name}: {tools[job.name]['verdict']}", flush=True)
-    verdicts = {found["verdict"] for found in tools.values()}
-    verdict = "passed" if verdicts == {"clean"} else "timed out" if verdicts <= {"clean", "timed out"} else "failed"
+                found = tools[job.name] = sanitizer.judge(job.text, job.status)
+                said[job.name] = found["verdict"] + (f", in {found['in']}" if found["in"] else "")
+                print(f"{job.name}: {said[job.name]}", flush=True)
+    stands_for = {"clean": "passed", "timed out": "timed out", sanitizer.BROKEN: "skipped"}
+    verdict = min((stands_for.get(found["verdict"], "failed") for found in tools.values()), key=WORST.index)
     counts = {"clean": sum(found["verdict"] == "clean" for found in tools.values())}
-    notes = [f"{tool}: {found['verdict']}" for tool, found in tools.items() if found["verdict"] != "clean"]
-    table = [
-        f"{tool:<10} {found['calls']} of {found['total']} calls: {found['verdict']}" for tool, found in tools.items()
-    ]
+    notes = [f"{tool}: {said[tool]}" for tool, found in tools.items() if found["verdict"] != "clean"]
+    table = [f"{tool:<10} {found['calls']} of {found['total']} calls: {said[tool]}" for tool, found in tools.items()]
     return Outcome(verdict, counts, notes, table, {"tools": tools})
 
 
@@ -354,8 +361,9 @@ def roofline(result: dict[str, Any]) -> str:
     rows = {row["name"]: row for row in result["contenders"]}
     peer = result["best_peer"]
     line = f"{result['op']}, {result['case']}: {rows['ssd_ext']['median_ms']:.4f} ms, "
-    if "median_ms" in rows.get("CUDA graph", {}):
-        line += f"in a CUDA graph {rows['CUDA graph']['median_ms']:.4f} ms, "
+    if graph := rows.get("CUDA graph"):
+        line += f"{graph['median_ms']:.4f} ms" if "median_ms" in graph else graph["status"]
+        line += " in a CUDA graph, "
     line += f"{result['gb_per_s']:.0f} GB/s, {result['memory_share']:.0%} of the copy rate"
     return line + (f", {result['ratios'][peer]:.1f}x as fast as {peer}" if peer else "")
 
@@ -418,6 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_all(args: argparse.Namespace, out: Path) -> int:
+    end = math.inf if args.limit else monotonic() + SECONDS * (DRY if args.dry_run else 1)
     under = conditions(args.dry_run, limit(args, "facts"))
     gpu = "dry-run" if args.dry_run else re.sub(r"[^a-z0-9]+", "-", str(under["gpu"]).lower()).strip("-")
     check = Check(under, out, f"{under['date'][:10]}-{gpu}", args.dry_run, args.full)
@@ -434,7 +443,7 @@ def check_all(args: argparse.Namespace, out: Path) -> int:
             seconds = limit(args, name)
             print(f"\n==== {name} (at most {seconds:.0f} s)", flush=True)
             start = monotonic()
-            check.end = start + seconds
+            check.end = min(start + seconds, end)
             row = {"verdict": "running", "seconds": 0.0, "counts": {}, "notes": [], "table": []}
             record["stages"][name] = done[name] = row
             write_json(file, record)
@@ -461,7 +470,7 @@ def check_all(args: argparse.Namespace, out: Path) -> int:
 
 
 def limit(args: argparse.Namespace, name: str) -> float:
-    return args.limit or LIMITS[name] * (3 if args.dry_run else 1)  # a dry run may have but one core
+    return args.limit or LIMITS[name] * (DRY if args.dry_run else 1)
 
 
 if __name__ == "__main__":

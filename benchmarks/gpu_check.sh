@@ -1,6 +1,6 @@
 #!/bin/bash
 # Everything that only a GPU can tell, in under 9 minutes and without a network:
-#   benchmarks/gpu_check.sh [--dry-run] [--full] [--out DIR] [STAGE...]
+#   benchmarks/gpu_check.sh [--dry-run] [--full] [--limit SECONDS] [--out DIR] [STAGE...]
 # The stages, by default all: facts build smoke profile cuda ncu sanitizer benchmark. See gpu_check.py.
 set -euo pipefail
 

@@ -6,13 +6,14 @@ initcheck sees an element that no kernel wrote.
 
 With ``--compare``, a first look: op by op, one small case in each dtype and one of a detector's size are compared
 with the CPU's to the bit, and a line says OK, BITS DIFFER or what was raised. An op that breaks CUDA for the rest of
-the process ends it; ``--after`` goes on in another.
+the process, or hangs, ends it; ``--after`` goes on in another.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import sys
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from benchmarks.cases import OPS
 from benchmarks.cases.spec import EXACT, Case, Inputs, Op, convert, tensors_in
 
 SEED = 20
+HANGS = 10  # seconds without an answer of an op that takes one at most
 LARGE = ("multibox_loss", "detect")  # whose case of a detector's size is called, not compared alone
 
 
@@ -53,21 +55,37 @@ def calls() -> Iterator[tuple[Op, Case, torch.dtype]]:
                 yield op, op.full_size_case, dtype
 
 
-def call_all(device: str, seconds: float) -> tuple[int, int]:
-    """How many calls were made until ``seconds`` had passed, and how many of them raised."""
+def is_lost(device: str) -> bool:
+    """Whether the process can do nothing more on ``device``."""
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def call_all(device: str, seconds: float) -> tuple[int, int, int]:
+    """How many calls were made until ``seconds`` had passed, how many there are, and how many raised. Each is named
+    before it begins. After one that breaks CUDA for the rest of the process there is none.
+    """
     start = perf_counter()
     done = failed = 0
-    for op, case, dtype in calls():
+    every = list(calls())
+    for op, case, dtype in every:
         if perf_counter() - start > seconds:
             break
+        print(f"call {done + 1} of {len(every)}: {op.name}, {case.name}, {dtype}", flush=True)
         try:
             outputs(op, convert(case.make(torch.Generator().manual_seed(SEED)), dtype), device)
         except Exception:
             print(f"FAILED: {op.name}, {case.name}, {dtype}", flush=True)
             traceback.print_exc(limit=-3)
             failed += 1
+            if is_lost(device):
+                done += 1
+                break
         done += 1
-    return done, failed
+    return done, len(every), failed
 
 
 def compare(op: Op, device: str) -> str:
@@ -84,20 +102,22 @@ def compare(op: Op, device: str) -> str:
 
 
 def compare_all(device: str, after: str | None) -> int:
-    """A line for each op; 1 where CUDA is lost before the last."""
+    """A line for each op; 1 where CUDA is lost, or an op hangs, before the last."""
     names = [op.name for op in OPS]
     print("ops:", *names, flush=True)
+    torch.zeros(1, device=device)  # the first call of all takes longer
     for op in OPS[names.index(after) + 1 if after else 0 :]:
         print(f"{op.name}: ", end="", flush=True)  # who reads this knows whom a crash is of
+        if device == "cuda":
+            faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             print(compare(op, device), flush=True)
         except Exception as e:
             print(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", flush=True)
             traceback.print_exc(limit=-3)
-            try:
-                torch.zeros(1, device=device).sum().item()
-            except RuntimeError:
+            if is_lost(device):
                 return 1
+    faulthandler.cancel_dump_traceback_later()
     return 0
 
 
@@ -118,8 +138,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.compare:
         return compare_all(args.device, args.after)
-    done, failed = call_all(args.device, args.seconds)
-    print(f"{done} of {sum(1 for _ in calls())} calls, {failed} failed", flush=True)
+    done, total, failed = call_all(args.device, args.seconds)
+    print(f"{done} of {total} calls, {failed} failed", flush=True)
     if args.plant:
         print(f"planted, CUDA error {plant(*args.plant)}", flush=True)
     return 0

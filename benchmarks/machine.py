@@ -78,8 +78,7 @@ def conditions(dry_run: bool, limit: float) -> dict[str, Any]:
         "gpu": None,
         "capability": None,
         **json.loads(told.stdout.splitlines()[-1]),
-        "clocks": clocks
-        and ", ".join(f"{name} {value}" for name, value in zip(CLOCKS, clocks.split(", "), strict=True)),
+        "clocks": clocks,
         "driver": driver(),
         "nvcc": release and release[1],
         "compiler": ((cxx and ask(cxx, "--version")) or "").partition("\n")[0] or None,

@@ -35,7 +35,8 @@ def complaint(line: str) -> str | None:
 
 def short(kernel: str) -> str:
     """A kernel's name without its parameters and the namespaces that go without saying."""
-    kernel = re.sub(r"\(anonymous namespace\)::|<unnamed>::|ssd_ext::|at::native::|^void |\(\w+\)(?=-?\d)", "", kernel)
+    kernel = re.sub(r"\(anonymous namespace\)::|<unnamed>::|ssd_ext::|at::native::|^void ", "", kernel)
+    kernel = re.sub(r"\([\w:]+\)(?=-?\d)", "", kernel)  # the casts of enumerators
     return re.sub(r"\(.*", "", kernel).strip()
 
 

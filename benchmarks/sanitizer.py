@@ -5,6 +5,7 @@ it reports that fault and nothing else of ours, and where every call was made::
 
     {"verdict": "clean",  # or what is wrong, in words
      "calls": 812,        # made; "total" there are, "failed" raised
+     "in": null,          # the call during which the program ended, or was ended
      "planted": 1,        # reports of the planted fault
      "ours": 0,           # of our kernels, or of an output that no kernel wrote
      "others": 0}         # of torch's own kernels: not ours to judge
@@ -27,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 # Each tensor in an allocation of its own: its bounds are seen, and no earlier tensor has initialised it.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OURS, PLANTED = "ssd_ext::", "ssd_ext::planted::"
+BROKEN = "no call works under the tool here"  # which says nothing of ours
 
 
 def compile_command(nvcc: str, library: Path, capability: str) -> list[str]:
@@ -89,10 +91,13 @@ def refused_options(program: str) -> list[str]:
     return refused
 
 
-def calls_made(text: str) -> tuple[int, int, int]:
-    """(made, there are, raised), as kernel_calls.py tells."""
-    found = re.search(r"^(\d+) of (\d+) calls, (\d+) failed$", text, re.MULTILINE)
-    return tuple(map(int, found.groups())) if found else (0, 0, 0)
+def calls_made(text: str) -> tuple[int, int, int, str | None]:
+    """(made, there are, raised, the one that did not end), as kernel_calls.py tells."""
+    if found := re.search(r"^(\d+) of (\d+) calls, (\d+) failed$", text, re.MULTILINE):
+        return *map(int, found.groups()), None
+    begun = re.findall(r"^call (\d+) of (\d+): (.*)$", text, re.MULTILINE)
+    number, total, call = begun[-1] if begun else (1, 0, None)
+    return int(number) - 1, int(total), len(re.findall("^FAILED: ", text, re.MULTILINE)), call
 
 
 def reports(text: str) -> list[str]:
@@ -117,20 +122,22 @@ def summary(text: str) -> int:
 
 def judge(text: str, status: int | None) -> dict[str, Any]:
     """The verdict of one tool from its output and exit status; None: killed at its limit."""
-    done, total, failed = calls_made(text)
+    done, total, failed, unfinished = calls_made(text)
     all_reports = reports(text)
     planted = sum(PLANTED in report for report in all_reports)
     # A copy of uninitialised memory to the host names no kernel: it is an output that was not written.
     ours = sum(OURS in report or "Host API" in report for report in all_reports) - planted
     unread = max(0, summary(text) - len(all_reports))
-    found = {"calls": done, "total": total, "failed": failed}
+    found = {"calls": done, "total": total, "failed": failed, "in": unfinished}
     found |= {"planted": planted, "ours": ours, "others": len(all_reports) - planted - ours}
-    if ours or failed:
+    if not ours and status is not None and not unfinished and failed == done and (failed or not total):
+        verdict = BROKEN
+    elif ours or failed:
         verdict = f"{ours} reports of ours, {failed} calls failed"
     elif status is None:
         verdict = "timed out"
-    elif not done:
-        verdict = "made no call: the tool does not work here, or torch does not under it"
+    elif unfinished:
+        verdict = f"ended by itself, exit status {status}"
     elif done < total:
         verdict = "timed out"
     elif not planted:

@@ -68,7 +68,8 @@ def output(tool, *kernels, calls=CALLS, more="", count=None):
 def test_a_tool_is_clean_where_it_reports_its_planted_fault_alone(tool):
     planted = f"ssd_ext::planted::{tool}"
     found = sanitizer.judge(output(tool, planted), 0)
-    assert found == {"verdict": "clean", "calls": 812, "total": 812, "failed": 0, "planted": 1, "ours": 0, "others": 0}
+    counts = {"calls": 812, "total": 812, "failed": 0, "in": None, "planted": 1, "ours": 0, "others": 0}
+    assert found == {"verdict": "clean", **counts}
     # torch's own kernels are not ours to judge
     found = sanitizer.judge(output(tool, "void at::native::radixSort<int>", planted), 0)
     assert (found["verdict"], found["others"]) == ("clean", 1)
@@ -88,18 +89,29 @@ def test_an_output_that_no_kernel_wrote_is_ours():
     assert sanitizer.judge(text, 0)["verdict"] == "1 reports of ours, 0 calls failed"
 
 
+BEGUN = (
+    "call 1 of 812: nms, ties, torch.float32\nFAILED: nms, ties, torch.float32\ncall 2 of 812: nms, large, torch.half\n"
+)
+
+
 @pytest.mark.parametrize(
-    ("calls", "status", "verdict"),
+    ("calls", "status", "verdict", "unfinished"),
     [
-        ("812 of 812 calls, 3 failed\n", 0, "0 reports of ours, 3 calls failed"),
-        ("90 of 812 calls, 0 failed\n", 0, "timed out"),
-        ("", None, "timed out"),
-        ("", 255, "made no call: the tool does not work here, or torch does not under it"),
+        ("812 of 812 calls, 3 failed\n", 0, "0 reports of ours, 3 calls failed", None),
+        ("90 of 812 calls, 0 failed\n", 0, "timed out", None),
+        ("0 of 812 calls, 0 failed\n", 0, "timed out", None),
+        ("", None, "timed out", None),
+        (BEGUN.replace("FAILED", "made"), None, "timed out", "nms, large, torch.half"),
+        (BEGUN.replace("FAILED", "made"), -11, "ended by itself, exit status -11", "nms, large, torch.half"),
+        (BEGUN, -11, "0 reports of ours, 1 calls failed", "nms, large, torch.half"),
+        (BEGUN + "1 of 812 calls, 1 failed\n", 0, sanitizer.BROKEN, None),
+        ("", 255, sanitizer.BROKEN, None),
     ],
 )
-def test_calls_that_were_not_made_are_told(calls, status, verdict):
+def test_calls_that_were_not_made_are_told(calls, status, verdict, unfinished):
     text = output("memcheck", "ssd_ext::planted::memcheck", calls=calls)
-    assert sanitizer.judge(text, status)["verdict"] == verdict
+    found = sanitizer.judge(text, status)
+    assert (found["verdict"], found["in"]) == (verdict, unfinished)
 
 
 def test_every_tool_has_its_options():
@@ -153,6 +165,11 @@ def test_stalls_that_were_sampled_are_read_too():
     assert none["share"] is None
 
 
+def test_kernels_of_one_template_are_told_apart():
+    name = "void ssd_ext::soft_nms::<unnamed>::soft_nms_kernel<float, (ssd_ext::soft_nms::Method)0, (int)-4>(T1 *)"
+    assert ncu.short(name) == "soft_nms::soft_nms_kernel<float, 0, -4>"
+
+
 @pytest.mark.parametrize("text", ["", "==ERROR== ERR_NVGPUCTRPERM\n", NCU[: NCU.index('"0","void')]])
 def test_nsight_compute_may_measure_nothing(text):
     assert ncu.read(text) == []
@@ -192,10 +209,39 @@ def test_kernels_of_the_gradients_and_of_a_real_size_are_called(monkeypatch, cap
 
     broken = dataclasses.replace(op, op=no_gradient, cases=op.cases[:2])
     monkeypatch.setattr(kernel_calls, "OPS", [broken])
-    assert kernel_calls.call_all("cpu", 60) == (4, 4)
-    assert "FAILED: decode, " in capsys.readouterr().out
+    assert kernel_calls.call_all("cpu", 60) == (4, 4, 4)
+    said = capsys.readouterr().out
+    assert said.startswith(f"call 1 of 4: decode, {op.cases[0].name}, torch.float32\nFAILED: decode, ")
     monkeypatch.setattr(kernel_calls, "OPS", [dataclasses.replace(broken, op=op.op)])
-    assert kernel_calls.call_all("cpu", 60) == (4, 0)
+    assert kernel_calls.call_all("cpu", 60) == (4, 4, 0)
+
+
+def test_a_device_that_is_lost_is_asked_nothing_more(monkeypatch, capsys):
+    (op,) = (op for op in OPS if op.name == "decode")
+
+    def break_device(*_, **__):
+        monkeypatch.setattr(torch, "zeros", break_device)
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(kernel_calls, "OPS", [dataclasses.replace(op, op=break_device, cases=op.cases[:2])])
+    assert kernel_calls.call_all("cpu", 60) == (1, 4, 1)
+    assert kernel_calls.is_lost("cpu")
+
+
+def test_an_op_that_hangs_ends_its_process(tmp_path):
+    code = f"""
+import sys, time
+sys.path[:0] = [{str(record.ROOT)!r}]
+from benchmarks import kernel_calls
+torch = kernel_calls.torch
+torch.zeros = lambda *_, **__: None
+kernel_calls.HANGS, kernel_calls.compare = 1, lambda *_: time.sleep(60)
+sys.exit(kernel_calls.compare_all("cuda", None))
+"""
+    job = Job([sys.executable, "-c", code])
+    run(tmp_path / "log", 50, job)
+    assert job.status == 1
+    assert job.lines[1] == f"{OPS[0].name}: Timeout (0:00:01)!"
 
 
 def test_bits_that_differ_are_told(monkeypatch, capsys):
@@ -454,6 +500,21 @@ def test_smoke_passes_where_all_are_right_and_stops_where_nothing_works(check, s
     scripted(("ops: a b\na: OK\nb: Traceback (most recent call last):\nKeyboardInterrupt", None))
     found = gpu_check.smoke(check)
     assert (found.verdict, found.stop, found.notes) == ("timed out", False, ["b: did not end in time"])
+    scripted(("ops: a b\na: Timeout (0:00:10)!\nThread 0x7f (most recent call first):", 1), ("ops: a b\nb: OK", 0))
+    found = gpu_check.smoke(check)
+    assert (found.verdict, found.stop, found.notes) == ("failed", False, ["a: Timeout (0:00:10)!"])
+    scripted(("", None))  # it may have begun slowly
+    assert (gpu_check.smoke(check).verdict, found.stop) == ("timed out", False)
+
+
+def test_cases_that_there_was_no_time_for_are_named(check, scripted):
+    late = "decode, SSD300: host 3 us\nno time for nms, random N=1000 and what follows"
+    for stage, verdict in ((gpu_check.profile, "timed out"), (gpu_check.nsight_compute, "timed out")):
+        scripted((f"{NCU}{late}", 0))
+        found = stage(check)
+        assert (found.verdict, found.notes[0]) == (verdict, "no time for nms, random N=1000 and what follows")
+    scripted((late, 1))
+    assert gpu_check.profile(check).verdict == "failed"
 
 
 TESTS = """\
@@ -514,7 +575,10 @@ def test_what_nsight_compute_complains_of_is_named(check, scripted, capsys):
     assert "\n".join(found.table) in capsys.readouterr().out
     scripted(("==ERROR== ERR_NVGPUCTRPERM - no permission\nand so on", 0))
     found = gpu_check.nsight_compute(check)
-    assert (found.verdict, found.notes[1:]) == ("failed", ["==ERROR== ERR_NVGPUCTRPERM - no permission"])
+    notes = ["ncu measured nothing", "==ERROR== ERR_NVGPUCTRPERM - no permission"]
+    assert (found.verdict, found.notes) == ("skipped", notes)
+    scripted(("", 0))
+    assert gpu_check.nsight_compute(check).verdict == "failed"
     scripted((NCU, None))
     found = gpu_check.nsight_compute(check)
     assert (found.verdict, found.counts) == ("timed out", {"kernels": 2})
@@ -533,6 +597,14 @@ def test_the_sanitizers_run_two_by_two(check, scripted, capsys):
     found = gpu_check.sanitize(check)
     assert (found.verdict, found.notes) == ("failed", ["racecheck: 1 reports of ours, 0 calls failed"])
     assert found.more["tools"]["memcheck"]["calls"] == 812
+    clean["racecheck"] = output("racecheck", calls=""), 255
+    scripted(compiled, *clean.values())
+    found = gpu_check.sanitize(check)
+    assert (found.verdict, found.counts, found.notes) == ("skipped", {"clean": 3}, [f"racecheck: {sanitizer.BROKEN}"])
+    clean["synccheck"] = output("synccheck", calls=BEGUN.replace("FAILED", "made")), None
+    scripted(compiled, *clean.values())
+    found = gpu_check.sanitize(check)
+    assert (found.verdict, found.notes[1]) == ("timed out", "synccheck: timed out, in nms, large, torch.half")
 
 
 def test_a_benchmark_that_ran_out_of_time_tells_what_it_measured(check, monkeypatch):
@@ -550,8 +622,10 @@ def test_a_benchmark_that_ran_out_of_time_tells_what_it_measured(check, monkeypa
     monkeypatch.setattr(gpu_check, "run", broken_off)
     found = gpu_check.benchmark(check)
     assert (found.verdict, found.counts) == ("timed out", {"cases": 1, "timed": 1, "fastest": 1})
-    expected = "decode, B=8: 0.0123 ms, in a CUDA graph 0.0101 ms, 1500 GB/s, 50% of the copy rate, "
+    expected = "decode, B=8: 0.0123 ms, 0.0101 ms in a CUDA graph, 1500 GB/s, 50% of the copy rate, "
     assert found.table[0] == expected + "4.2x as fast as torchvision"
+    contenders[1] = {"name": "CUDA graph", "status": "wrong"}
+    assert "0.0123 ms, wrong in a CUDA graph, 1500" in gpu_check.benchmark(check).table[0]
 
 
 # ---- the record ----------------------------------------------------------------------------------
@@ -635,9 +709,31 @@ def test_an_unknown_stage_is_refused(capsys):
     assert "no stage 'test': there are facts, build, smoke" in capsys.readouterr().err
 
 
-def test_limits_leave_room_within_ten_minutes():
+def test_all_stages_end_within_ten_minutes(machine_with_gpu, monkeypatch, tmp_path):
+    assert gpu_check.SECONDS + jobs.GRACE + 15 < 600  # of those who do not hear, too
+    left = []
+    monkeypatch.setitem(gpu_check.STAGES, "b", lambda check: left.append(check.left) or Outcome("passed"))
+    monkeypatch.setattr(gpu_check, "LIMITS", {"facts": 1, "a": 1, "b": 500})
+    monkeypatch.setattr(gpu_check, "SECONDS", 50)
+    gpu_check.main(["--out", str(tmp_path)])
+    gpu_check.main(["--out", str(tmp_path), "--limit", "300"])  # who sets limits knows how long he has
+    assert left[0] < 50 < left[1] <= 300
+
+
+def test_every_stage_has_a_limit():
     assert list(gpu_check.LIMITS) == list(gpu_check.STAGES)
-    assert sum(gpu_check.LIMITS.values()) < 9 * 60
+
+
+def test_clocks_are_told_once(monkeypatch):
+    facts = {"torch": "2.11.0", "gpu": "NVIDIA H100", "capability": "9.0"}
+    monkeypatch.setattr(machine, "FACTS", f"print({json.dumps(json.dumps(facts))})")
+    monkeypatch.setattr(machine, "nvidia_smi", lambda *fields: ", ".join(f"{i} MHz" for i, _ in enumerate(fields)))
+    told = machine.conditions(False, 60)
+    assert told["gpu"] == "NVIDIA H100"
+    assert (
+        told["clocks"]
+        == "clocks.sm 0 MHz, clocks.max.sm 1 MHz, clocks.mem 2 MHz, clocks.max.mem 3 MHz, power.limit 4 MHz"
+    )
 
 
 def test_commit_of_a_tree_without_git_is_the_callers(monkeypatch):
