@@ -87,6 +87,12 @@ def _assert_cpu_result(gpu, boxes, scores, idxs=None):
     assert torch.equal(count, expected_count)
 
 
+def test_more_boxes_than_a_kernel_counts_are_refused():
+    boxes, scores = torch.zeros(1, 4).expand(2**31 - 1, 4), torch.zeros(1).expand(2**31 - 1)
+    with pytest.raises(ValueError, match="nms: at most 2147482623 boxes, got 2147483647"):
+        ops.nms(boxes, scores, 0.5)
+
+
 @pytest.mark.parametrize("n", [255, 256, 257, 2049])
 def test_sizes_about_the_steps_and_chunks_of_the_gpu(gpu, n, generator):
     _assert_cpu_result(gpu, *detector_candidates(n, generator))

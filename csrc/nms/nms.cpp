@@ -33,7 +33,8 @@ Call check(const char* op, const Tensor& boxes, const Tensor& scores, const std:
     check_shape(op, {"idxs", *class_ids}, {n}, "[N], one for each of boxes");
   }
   check_fraction(op, "iou_threshold", iou_threshold);
-  if (n > std::numeric_limits<int32_t>::max()) raise(op, ": at most 2147483647 boxes, got ", n);
+  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 1024;  // kernels step beyond the end
+  if (n > most) raise(op, ": at most ", most, " boxes, got ", n);
   return {op, boxes, scores, class_ids, iou_threshold, n};
 }
 
@@ -83,7 +84,7 @@ int64_t nms_cpu(const T* boxes, const T* scores, const int64_t* class_ids, int64
   const std::vector<uint32_t> order = visiting_order(scores, n);
   std::vector<int64_t> groups;
   const int64_t count = class_ids && n > 0 ? dense_classes(class_ids, n, groups) : 1;
-  return SSD_EXT_SIMD_CALL(nms<T>, boxes, order, groups, count, threshold, keep);
+  return SSD_EXT_SIMD_CALL(nms<T>, boxes, n, order, groups, count, threshold, keep);
 }
 
 // The kept boxes, on the CPU.
