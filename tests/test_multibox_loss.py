@@ -83,6 +83,15 @@ def test_more_priors_than_a_gpu_block_has_bits_for(gpu, generator):
     assert_same_bits(gpu(ops.multibox_loss, inputs), ops.multibox_loss(**inputs))
 
 
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a CUDA build")
+def test_more_priors_than_the_gradient_counts_are_refused():
+    number, one, label = (torch.zeros((), device="cuda"), torch.zeros(1, 1, 4, device="cuda"), torch.zeros(1, 1).long())
+    deltas, labels = one.expand(1, 2**32, 4), label.cuda().expand(1, 2**32)
+    divisors = torch.ones(1, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match=r"4294967295 priors on CUDA, got \[1, 4294967296\]"):
+        torch.ops.ssd_ext.multibox_loss_deltas_gradient(number, deltas, deltas, labels, divisors, 1.0, 1.0)
+
+
 @pytest.mark.skipif(bool(EMULATED), reason="takes minutes in the emulator: a thousand threads for each image")
 def test_more_images_than_a_gpu_grid_is_high(gpu, generator):
     inputs = random_images(65_540, 1, 2, generator)

@@ -579,7 +579,7 @@ DETECT = Op(
         ErrorCase("deltas", _call(deltas=torch.rand(2, 3, 5)), r"deltas must be \[B, P, 4\].* got \[2, 3, 5\]"),
         ErrorCase("dtypes mixed", _call(logits=torch.rand(2, 3, 5).double()), r"dtype of deltas, float32, got float64"),
         ErrorCase("integers", _call(deltas=torch.ones(2, 3, 4).long()), r"deltas must be float32.* got int64"),
-        ErrorCase("too many logits", _huge, r"at most 2147483647 elements an image, got \[1, 1073741824, 3\]"),
+        ErrorCase("too many logits", _huge, r"at most 2147479551 elements an image, got \[1, 1073741824, 3\]"),
         ErrorCase("score threshold", _call(score_threshold=-0.1), r"score_threshold must be in \[0, 1\], got -0.1"),
         ErrorCase("score threshold NaN", _call(score_threshold=math.nan), r"score_threshold must be in \[0, 1\]"),
         ErrorCase("IoU threshold", _call(iou_threshold=1.5), r"iou_threshold must be in \[0, 1\], got 1.5"),

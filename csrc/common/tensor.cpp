@@ -104,12 +104,16 @@ void check_variances(const char* op, const std::vector<double>& variances) {
   }
 }
 
-void check_mining(const char* op, const Arg& rows, double ratio, int64_t min_negatives) {
+void check_rows(const char* op, const Arg& rows) {
   constexpr int64_t images = 0x7fffffff, priors = 0xffffffff;  // a block an image; counts are of 32 bits
   if (is_cuda(rows.tensor) && (rows.tensor.size(0) > images || rows.tensor.size(1) > priors)) {
     raise(op, ": ", rows.name, " must have at most ", images, " images and ", priors, " priors on CUDA, got ",
           shape_of(rows.tensor));
   }
+}
+
+void check_mining(const char* op, const Arg& rows, double ratio, int64_t min_negatives) {
+  check_rows(op, rows);
   if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": ratio must be a finite number >= 0, got ", ratio);
   if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
 }

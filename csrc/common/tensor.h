@@ -63,6 +63,7 @@ void check_shape(const char* op, const Arg& arg, std::initializer_list<int64_t> 
 void check_device(const char* op, const Arg& arg, const Arg& like);   // on the device of `like`
 void check_fraction(const char* op, const char* name, double value);  // in [0, 1]
 void check_variances(const char* op, const std::vector<double>& variances);
+void check_rows(const char* op, const Arg& rows);  // [B, P, ...]: no more than CUDA kernels count
 void check_mining(const char* op, const Arg& rows, double ratio, int64_t min_negatives);
 constexpr int64_t kAny = -1;  // any extent, in check_shape
 

@@ -55,7 +55,8 @@ struct Outputs {    // K = max_detections
   int64_t* counts;  // [images]
 };
 
-constexpr int64_t kMostCandidates = 0x7fffffff;  // priors * classes: a candidate's number has 32 bits, a label 31
+// priors * classes: a candidate's number has 32 bits, a label 31, and kernels step beyond the end.
+constexpr int64_t kMostCandidates = 0x7fffffff - 4096;
 
 // Softmax divides exp(x - max) by its sum over the classes, which every backend adds in this order: the
 // classes c, c + kSumLanes, c + 2 * kSumLanes ... one after another, for each c < kSumLanes; then these

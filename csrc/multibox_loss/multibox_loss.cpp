@@ -260,6 +260,7 @@ Tensor deltas_gradient_op(const Tensor& grad_loc, const Tensor& deltas, const Te
   const int64_t batch = loss.mining.batch, n = loss.mining.num_priors;
   check_long(op, {"labels", labels}, {"deltas", deltas});
   check_loc(op, deltas, targets, {"labels", labels}, batch, n);
+  check_rows(op, {"labels", labels});
   check_saved(op, {"divisors", divisors}, {batch}, ScalarType::Long, {"deltas", deltas});
   check_saved(op, {"grad_loc", grad_loc}, {}, computed_in(deltas), {"deltas", deltas});
   if (is_cuda(deltas)) {
