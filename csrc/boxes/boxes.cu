@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_kernel(const T* __restrict
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
     const Box<C> b = gpu::load_box(boxes, r);
-    const CenterBox<C> p = gpu::load_prior(priors, r % coding.num_priors);
+    const CenterBox<C> p = gpu::load_center_box(priors, r % coding.num_priors);
     const CenterBox<C> d = encode_box(b, p, center, size);
     gpu::store_four(deltas, r, d.cx, d.cy, d.w, d.h);
   }
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const T* __restrict
   const C center = C(coding.center), size = C(coding.size), clip = C(coding.clip);
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
-    const CenterBox<C> d = gpu::load_prior(deltas, r);
-    const CenterBox<C> p = gpu::load_prior(priors, r % coding.num_priors);
+    const CenterBox<C> d = gpu::load_center_box(deltas, r);
+    const CenterBox<C> p = gpu::load_center_box(priors, r % coding.num_priors);
     const Box<C> b = decode_box(d, p, center, size, clip);
     gpu::store_four(boxes, r, b.x1, b.y1, b.x2, b.y2);
   }

@@ -143,7 +143,7 @@ __device__ __forceinline__ Box<Compute<T>> load_box(const T* boxes, int64_t i) {
 }
 
 template <class T>
-__device__ __forceinline__ CenterBox<Compute<T>> load_prior(const T* priors, int64_t i) {
+__device__ __forceinline__ CenterBox<Compute<T>> load_center_box(const T* priors, int64_t i) {
   using C = Compute<T>;
   const Four<T> f = reinterpret_cast<const Four<T>*>(priors)[i];
   return {C(f.v[0]), C(f.v[1]), C(f.v[2]), C(f.v[3])};

@@ -21,7 +21,8 @@ constexpr int kDigits = 1 << kDigitBits;
 // What the threads of a block tell each other.
 template <class Key>
 struct SelectShared {
-  unsigned counts[kDigits];  // keys that begin with the prefix, by their next digit; 64-bit adds would spin
+  unsigned counts[kDigits];  // keys that begin with the prefix, by their next digit; adds of 64 bits would be loops
+                             // that retry
   Key prefix;                // the digits found so far of the k-th greatest key
   int64_t wanted;            // how many of the keys that begin so are among the k greatest
   int64_t found;             // how many begin so
@@ -169,7 +170,7 @@ __device__ int64_t end_of_ties(const Keys& keys, const Kth<Key>& kth, Selection<
       const int64_t i = first + lane;
       const bool tie = i < end && keys(i) == kth.key;
       const unsigned tied = __ballot_sync(kFullMask, tie);
-      if (tie && before + __popc(tied & ((1u << lane) - 1)) == kth.wanted - 1) shared.end = i + 1;
+      if (tie && before + count_before(tied, lane) == kth.wanted - 1) shared.end = i + 1;
       before += __popc(tied);
     }
   }

@@ -15,10 +15,20 @@ __device__ __forceinline__ Word ballot_tile(bool low, bool high) {
   return bits | Word(__ballot_sync(kFullMask, high)) << kWarp;
 }
 
-// The boxes of a tile that are kept, for a warp to call: box i is kept if it is alive and no earlier box
-// that it overlaps is kept. Each lane has the earlier boxes that its two boxes overlap. Starting from
-// all alive ones and applying the rule to all boxes at once, box i is right after at most i + 1 rounds,
-// and what a round leaves unchanged is the answer: seldom more than a few rounds.
+// Which of a warp's boxes are kept, one a lane: box i is kept if it is alive and no earlier box that it overlaps is
+// kept. Each lane has the earlier boxes that its own overlaps. Starting from all alive ones and applying the rule to
+// all boxes at once, box i is right after at most i + 1 rounds, and what a round leaves unchanged is the answer:
+// seldom more than a few rounds.
+__device__ __forceinline__ unsigned kept_of_warp(unsigned alive, unsigned earlier) {
+  unsigned now = alive, last;
+  do {
+    last = now;
+    now = alive & __ballot_sync(kFullMask, !(earlier & last));
+  } while (now != last);
+  return now;
+}
+
+// The same of a tile, two boxes a lane.
 __device__ __forceinline__ Word kept_of_tile(Word alive, Word earlier_low, Word earlier_high) {
   Word now = alive, last;
   do {

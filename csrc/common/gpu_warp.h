@@ -22,6 +22,17 @@ __device__ X sum_before(X x, int lane) {
   return sum - x;
 }
 
+// How many of the lanes before this one have their bit set.
+__device__ __forceinline__ unsigned count_before(unsigned bits, int lane) { return __popc(bits & ((1u << lane) - 1)); }
+
+// Places for the lanes whose bit in `taken` is set, from *next on, which moves on.
+__device__ __forceinline__ unsigned next_slot(unsigned* next, unsigned taken) {
+  const int lane = int(threadIdx.x) % kWarp;
+  unsigned slot = 0;
+  if (lane == 0 && taken) slot = atomicAdd(next, unsigned(__popc(taken)));
+  return __shfl_sync(kFullMask, slot, 0) + count_before(taken, lane);
+}
+
 // The maximum of x. One instruction from Ampere (sm_80) on; Turing exchanges lanes.
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

@@ -33,10 +33,9 @@ static_assert(kSumLanes == gpu::kWarp / 2);
 constexpr int kChunk = 512;       // candidates that are visited together
 constexpr int kThreads = kChunk;  // of a block of finish_kernel
 constexpr int kWarps = kThreads / gpu::kWarp;
-constexpr int kAhead = 4;                  // values that a thread loads before it uses them
-constexpr int kKeptInShared = 256;         // boxes; where max_detections is larger, they lie in global memory
-constexpr int64_t kFinishBlocks = 256;     // of finish_kernel, where there are few images
-constexpr size_t kMostCached = 40 * 1024;  // bytes of scores kept in shared memory; P = 8732 in float32 fits
+constexpr int kAhead = 4;               // values that a thread loads before it uses them
+constexpr int kKeptInShared = 256;      // boxes; where max_detections is larger, they lie in global memory
+constexpr int64_t kFinishBlocks = 256;  // of finish_kernel, where there are few images
 
 template <class C>
 constexpr int kKeyBits = 8 * sizeof(C) + 32;
@@ -118,14 +117,6 @@ SSD_EXT_HD int64_t tiles_of(int64_t priors) {
   return (priors + 2 * kPairs - 1) / (2 * kPairs);
 }
 
-// Places for the lanes of a warp whose bit in `taken` is set, from *next on, which moves on.
-__device__ __forceinline__ unsigned next_slot(unsigned* next, unsigned taken) {
-  const int lane = int(threadIdx.x) % gpu::kWarp;
-  unsigned slot = 0;
-  if (lane == 0 && taken) slot = atomicAdd(next, unsigned(__popc(taken)));
-  return __shfl_sync(gpu::kFullMask, slot, 0) + __popc(taken & ((1u << lane) - 1));
-}
-
 // ---- candidates to the lists ---------------------------------------------------------------------
 
 // A warp's candidates on their way to the list of their image: up to kStaged of them cost one atomic operation.
@@ -144,7 +135,7 @@ struct Stage {
     if (passed == 0) return;
     if (count + __popc(passed) > kStaged) flush();
     const int lane = int(threadIdx.x) % gpu::kWarp;
-    if (is_candidate) keys[count + __popc(passed & ((1u << lane) - 1))] = key;
+    if (is_candidate) keys[count + gpu::count_before(passed, lane)] = key;
     count += __popc(passed);
   }
 
@@ -323,7 +314,7 @@ __device__ void list_best(const Inputs& in, const Workspace<C>& w, int64_t image
     const int64_t p = begin + thread;
     const Key<C> key = p < priors ? key_at(p) : Key<C>(0);
     const unsigned taken = __ballot_sync(gpu::kFullMask, key >= cut);
-    const unsigned slot = next_slot(&shared.slot, taken);
+    const unsigned slot = gpu::next_slot(&shared.slot, taken);
     if (key >= cut) list[slot] = key;
   }
 }
@@ -339,7 +330,7 @@ struct ClassOrder {
 
   __device__ explicit ClassOrder(const Sizes& sizes)
       : priors(uint32_t(sizes.priors)), classes(uint32_t(sizes.classes)) {
-    prior_bits = 32 - __clz(int(priors - 1));  // not above, where the host's compiler would look for __clz
+    prior_bits = 32 - __clz(int(priors - 1));  // in the body: a member initialiser is compiled for the host, too
   }
 
   __device__ Key<C> by_class(Key<C> key) const {
@@ -398,7 +389,7 @@ __device__ Key<C> next_chunk(const Key<C>* list, int n, int& seen, Key<C>& last,
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      const unsigned slot = next_slot(&shared.gathered, __ballot_sync(gpu::kFullMask, keys[j] >= cut));
+      const unsigned slot = gpu::next_slot(&shared.gathered, __ballot_sync(gpu::kFullMask, keys[j] >= cut));
       if (keys[j] >= cut) shared.keys[slot] = keys[j];
     }
   }
@@ -445,21 +436,9 @@ __device__ Group group_of(const GroupAt& group_at) {
   return group;
 }
 
-// The candidates of a warp that are kept: candidate i is kept if it is alive and no earlier one that it overlaps is
-// kept. Each lane has the earlier ones that its own overlaps. Starting from all alive ones and applying the rule to
-// all at once, candidate i is right after at most i + 1 rounds, and what a round leaves unchanged is the answer:
-// seldom more than a few rounds.
-__device__ __forceinline__ unsigned kept_of_warp(unsigned alive, unsigned earlier) {
-  unsigned now = alive, last;
-  do {
-    last = now;
-    now = alive & __ballot_sync(gpu::kFullMask, !(earlier & last));
-  } while (now != last);
-  return now;
-}
-
 // IoU > threshold of one box with others. The product of threshold and union decides but for its rounding, next to the
-// threshold the quotient.
+// threshold the quotient. Of OverlapShares, whose bound is only a lower one, each overlap would take a quotient, one
+// lane after another: candidates of a class that stand side by side overlap more often than not.
 template <class C>
 struct Overlaps {
   Box<C> box;
@@ -517,7 +496,7 @@ __device__ void suppress(bool is_alive, const Group& group, const Overlaps<C>& o
       if (overlaps.exactly(box_of_lane(i))) earlier |= 1u << i;
     }
   }
-  const unsigned kept = kept_of_warp(alive & ~is_first, earlier);
+  const unsigned kept = gpu::kept_of_warp(alive & ~is_first, earlier);
   if (lane == 0) {
     shared.kept[warp] = kept;
     shared.kept_of_first[warp] = 0;
@@ -539,7 +518,7 @@ __device__ void suppress(bool is_alive, const Group& group, const Overlaps<C>& o
     }
     if (step == group.warps_before && kept_before < room) {
       const unsigned hit = __ballot_sync(gpu::kFullMask, is_hit);
-      const unsigned kept_now = kept_of_warp(alive & is_first & ~hit, earlier);
+      const unsigned kept_now = gpu::kept_of_warp(alive & is_first & ~hit, earlier);
       if (lane == 0) shared.kept_of_first[warp] = kept_now;
     }
   }
@@ -591,11 +570,10 @@ __device__ int64_t rank_in_class(const Group& group, unsigned* visited, const Vi
 template <class C>
 __device__ bool meets_kept(const Kept<C>& kept, int32_t label, bool is_agnostic, const Overlaps<C>& overlaps) {
   const int lane = int(threadIdx.x) % gpu::kWarp;
+  const int32_t low = __shfl_sync(gpu::kFullMask, label, 0), high = __shfl_sync(gpu::kFullMask, label, gpu::kWarp - 1);
   bool is_hit = false;
   for (int64_t begin = 0; begin < kept.count; begin += gpu::kWarp) {
     // Each lane checks for one kept box whether it can be a rival of any candidate of the warp, whose labels rise.
-    const int32_t low = __shfl_sync(gpu::kFullMask, label, 0),
-                  high = __shfl_sync(gpu::kFullMask, label, gpu::kWarp - 1);
     const int32_t other = begin + lane < kept.count ? kept.labels[begin + lane] : -1;
     const bool is_rival = other >= 0 && (is_agnostic || (low >= 0 && low <= other && (other <= high || high < 0)));
     for (unsigned rest = __ballot_sync(gpu::kFullMask, is_rival); rest; rest &= rest - 1) {
@@ -616,7 +594,7 @@ __device__ int order_kept(C score, Visit<C>& shared) {
   const unsigned of_warp = __shfl_sync(gpu::kFullMask, kept, warp);
   if (thread >= all) shared.keys[thread] = 0;
   if (of_warp >> lane & 1) {
-    shared.keys[before + __popc(of_warp & ((1u << lane) - 1))] = make_key(score, uint32_t(thread));
+    shared.keys[before + gpu::count_before(of_warp, lane)] = make_key(score, uint32_t(thread));
   }
   sort_chunk(all, shared);
   return all;
@@ -770,7 +748,7 @@ void detect_cuda(const Inputs& in, const Outputs<void>& out, void* workspace, St
     // Blocks for each image in case its list is lost; all but one leave at once if it is not.
     const int64_t wanted = max_of(kMostPartsCuda, kFinishBlocks / images);
     const auto parts = unsigned(max_of(int64_t(1), min_of(classes, wanted)));
-    const bool is_cached = size_t(priors) <= kMostCached / sizeof(C);
+    const bool is_cached = size_t(priors) <= gpu::kMostCachedBytes / sizeof(C);
     gpu::launch(is_cached ? finish_kernel<T, true> : finish_kernel<T, false>, dim3(unsigned(images * parts)),
                 dim3(kThreads), finish_bytes<C>(in, is_cached), stream, in, w, typed, parts);
   });

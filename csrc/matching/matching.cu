@@ -109,8 +109,8 @@ struct Writer {
       out.matches[row] = j;
       return;
     }
-    const CenterBox<C> d =
-        encode_box(gpu::load_box(gt_boxes, first_gt + j), gpu::load_prior(priors, p), C(rule.center), C(rule.size));
+    const CenterBox<C> d = encode_box(gpu::load_box(gt_boxes, first_gt + j), gpu::load_center_box(priors, p),
+                                      C(rule.center), C(rule.size));
     out.labels[row] = gt_labels[first_gt + j];
     gpu::store_four(static_cast<T*>(out.deltas), row, d.cx, d.cy, d.w, d.h);
   }
@@ -319,7 +319,7 @@ struct Claims {
           int32_t held[kAtOnce];
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
-            some[i] = gpu::load_prior(priors, q(i));
+            some[i] = gpu::load_center_box(priors, q(i));
             held[i] = gpu::load_written(&owner[q(i)]);
           }
 #pragma unroll
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 1. The priors of this warp, and the ground truths of this image. Lanes after the last prior repeat it: they tie
   // with it, and the lowest index wins.
   CenterBox<C> centers[kEach];
-  for (int i = 0; i < kEach; ++i) centers[i] = gpu::load_prior(priors, prior_at(i) < last ? prior_at(i) : last);
+  for (int i = 0; i < kEach; ++i) centers[i] = gpu::load_center_box(priors, prior_at(i) < last ? prior_at(i) : last);
   const Rows rows = rows_of(offsets, b, sizes.gts);
   Prior<C> own[kEach];
   for (int i = 0; i < kEach; ++i) own[i].set(to_corners(centers[i]));

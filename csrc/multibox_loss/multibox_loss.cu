@@ -95,7 +95,7 @@ class LogitsRow {
     return top;
   }
 
-  // f(j, c, x) for the classes c of this lane, in rising order, and after the last as if missing ones followed it.
+  // f(j, c, x) for the classes c of this lane, in rising order, padded with -inf to a whole number of steps.
   template <class F>
   __device__ void for_each_class(const F& f) const {
     const auto visit = [&](unsigned first, const C* values) {
@@ -221,7 +221,7 @@ void with_row(const Strides& strides, int64_t classes, const F& f) {
 
 struct Workspace {
   ImageSums* sums;   // [B]
-  unsigned* ticket;  // of the images that are summed
+  unsigned* ticket;  // of the images that are summed; rank_kernel makes it 0
   size_t bytes;
 
   Workspace(void* base, const Loss& loss) {
@@ -480,8 +480,7 @@ __device__ void list_kept(int64_t first, int rows, const IntOf<C>* ranks, const 
       const bool known = label < loss.classes;
       const Place at = place_of(loss.mining, first, i);
       const C scale = known ? C(double(grad_conf) / double(divisors[at.image])) : std::numeric_limits<C>::quiet_NaN();
-      kept.row[count + __popc(found & ((1u << lane) - 1))] = {at, rank[j], scale,
-                                                              known && label > 0 ? unsigned(label) : 0};
+      kept.row[count + gpu::count_before(found, lane)] = {at, rank[j], scale, known && label > 0 ? unsigned(label) : 0};
     }
     count += __popc(found);
   }

@@ -63,7 +63,7 @@ __device__ uint32_t list_candidates(const T* __restrict__ boxes, const T* __rest
     const bool candidate = score > floor;
     const unsigned candidates = __ballot_sync(gpu::kFullMask, candidate);
     if (candidate) {
-      const uint32_t p = before + __popc(candidates & ((1u << lane) - 1));
+      const uint32_t p = before + gpu::count_before(candidates, lane);
       const Box<C> box = gpu::load_box(boxes, i);
       gpu::store_four(list.boxes, p, box.x1, box.y1, box.x2, box.y2);
       list.index[p] = i;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(const T* __restri
   Candidates<C, kInRegisters> resident;
   resident.load(list, size, 0);
 
-  Box<C> box{};  // taken in the last step; at first one that meets none
+  Box<C> box{};  // taken in the last step; at first one whose IoU with every other is 0
   uint32_t taken = 0;
   for (;; ++taken) {
     // 1. The box of the last step lowers all scores.

@@ -213,7 +213,8 @@ def main() -> int:
         start = time.monotonic()
         tree = Path(folder)
         ROOT_OF_TESTS = folder
-        mutants = [m for m in build(tree, arguments.rooms) if m.kind in arguments.kinds]
+        built = build(tree, arguments.rooms)
+        mutants = [m for m in built if m.kind in arguments.kinds]
         print(f"{len(mutants)} mutants, built in {time.monotonic() - start:.0f} s", flush=True)
         sys.path[0] = folder
         import torch
@@ -236,8 +237,12 @@ def main() -> int:
         stale = [m for m in mutants if m.key in reasons and m not in survivors]
         for mutant in stale:
             print(f"explained in survivors.txt, but noticed: {mutant}")
+        files, keys = {m.file for m in built}, {m.key for m in built}
+        gone = [key for key in reasons if key.partition(": ")[0] in files and key not in keys]
+        for key in gone:
+            print(f"explained in survivors.txt, but no mutant: {key}")
         print(f"{time.monotonic() - start:.0f} s in all")
-        return any(m.key not in reasons for m in survivors) or bool(stale)
+        return any(m.key not in reasons for m in survivors) or bool(stale or gone)
 
 
 if __name__ == "__main__":
