@@ -1,32 +1,18 @@
-"""What the ops do on the host, counted by benchmarks/host_path.py: a call, an allocation or a copy more is noticed."""
+"""What the ops do on the host is what docs/gpu.md says: a call, an allocation or a copy more is noticed."""
+
+import re
 
 import pytest
 import torch
 
 from benchmarks.host_path import Counts, count, ops_to_count
+from benchmarks.record import ROOT
 from ssd_ext import _C, ops
 
 pytestmark = pytest.mark.skipif("emulator" not in _C.build_info(), reason="needs a build with SSD_EXT_EMULATE")
 
-EXPECTED = {  # calls, outputs, scratch, copies, launches
-    "encode": Counts(1, 1, 0, 0, 1),
-    "decode": Counts(1, 1, 0, 0, 1),
-    "box_iou": Counts(1, 1, 0, 0, 1),
-    "detect": Counts(1, 4, 1, 0, 3),
-    "match": Counts(6, 1, 2, 1, 2),  # of a list: torch.tensor() makes the offsets, which are copied to the device
-    "assign_targets": Counts(6, 2, 2, 1, 2),
-    "hard_negatives": Counts(1, 1, 0, 0, 1),
-    "multibox_loss": Counts(1, 2, 3, 0, 2),  # the ranks and divisors, which nobody keeps, are scratch too
-    "nms": Counts(3, 1, 2, 1, 2),
-    "batched_nms": Counts(3, 1, 2, 1, 2),
-    "nms_padded": Counts(1, 2, 1, 0, 2),
-    "soft_nms": Counts(4, 2, 2, 1, 1),
-    "soft_nms_padded": Counts(1, 3, 1, 0, 1),
-    "assign_targets, offsets": Counts(1, 2, 1, 0, 2),
-    "match, offsets": Counts(1, 1, 1, 0, 2),
-    "multibox_loss, training": Counts(1, 4, 1, 0, 2),
-    "its backward": Counts(2, 2, 0, 0, 2),
-}
+TABLE = re.findall(r"^\| `(.+)` \|((?: \d+ \|){5})$", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+EXPECTED = {op: Counts(*map(int, numbers.split("|")[:-1])) for op, numbers in TABLE}
 
 
 @pytest.fixture(scope="module")
