@@ -173,7 +173,7 @@ def test_an_image_does_not_depend_on_its_batch(generator):
 @pytest.mark.parametrize("classes", [2, 6])
 def test_candidates_that_outnumber_every_list(classes, device, generator):
     """One class holds the best scores, and all boxes are alike: what counts comes last."""
-    n = 5000 // classes + 100
+    n = 10_000 // classes + 100
     inputs = random_image(generator, n, classes, background=-3.0)
     inputs["deltas"].zero_()
     inputs["priors"][:] = torch.tensor(PRIOR)
@@ -188,6 +188,19 @@ def test_candidates_that_outnumber_every_list(classes, device, generator):
     assert torch.equal(counts, expected[3])
     assert torch.equal(labels, expected[2])
     assert (boxes[0, :, 0] > 1).sum() == classes - 1  # the prior apart, of each class
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_all_classes_are_rivals_on_each_device(activation, device, generator):
+    """With sigmoid class 0 too."""
+    inputs = random_image(generator, 120, 4)
+    inputs["deltas"].zero_()  # the boxes of a prior are alike in all classes
+    arguments = {"activation": activation, "class_agnostic": True, "score_threshold": 0.05}
+    expected = ops.detect(**inputs, **arguments)
+    assert 1 < expected[3] <= 120
+    result = ops.detect(**{k: v.to(device) for k, v in inputs.items()}, **arguments)
+    for r, e in zip(result, expected, strict=True):
+        assert torch.equal(r.cpu(), e)
 
 
 def test_no_candidate_is_visited_twice(device):
