@@ -382,11 +382,9 @@ __device__ Key<C> next_chunk(const Key<C>* list, int n, int& seen, Key<C>& last,
 #pragma unroll 1
   for (int begin = 0; begin < n; begin += kAhead * kThreads) {
     Key<C> keys[kAhead];
+    const int own = begin + thread;
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = begin + j * kThreads + thread;
-      keys[j] = i < n ? key_at(i) : Key<C>(0);
-    }
+    for (int j = 0; j < kAhead; ++j) keys[j] = own + j * kThreads < n ? key_at(own + j * kThreads) : Key<C>(0);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const unsigned slot = gpu::next_slot(&shared.gathered, __ballot_sync(gpu::kFullMask, keys[j] >= cut));

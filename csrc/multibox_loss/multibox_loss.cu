@@ -51,20 +51,18 @@ __device__ __forceinline__ void fold(C* values) {
 // them for certain. All lanes of a warp call these functions together.
 template <class Stored, int kGroup, int kEach, int kSure = -1>
 class LogitsRow {
-  static constexpr bool kWhole = kSure >= 0;
-
  public:
   using T = Stored;
   using C = gpu::Compute<T>;
   static constexpr int kLanes = kGroup;
-  static constexpr bool kInRegisters = kWhole;
+  static constexpr bool kInRegisters = kSure >= 0;
 
   __device__ LogitsRow(const T* x, int64_t stride, int64_t classes)
       : x_(x), stride_(stride), classes_(unsigned(classes)), lane_(threadIdx.x % kLanes) {
-    if constexpr (kWhole) load(1, values_);
+    if constexpr (kInRegisters) load(1, values_);
   }
 
-  __device__ C operator[](unsigned c) const { return C(kWhole ? x_[c] : x_[c * stride_]); }
+  __device__ C operator[](unsigned c) const { return C(kInRegisters ? x_[c] : x_[c * stride_]); }
 
   // Whether foreground_near() may be called.
   __device__ bool is_near(C base) const {
@@ -102,7 +100,7 @@ class LogitsRow {
 #pragma unroll
       for (int j = 0; j < kEach; ++j) f(j, first + j * kLanes + lane_, values[j]);
     };
-    if constexpr (kWhole) {
+    if constexpr (kInRegisters) {
       visit(1, values_);
     } else {
 #pragma unroll 1
@@ -120,7 +118,7 @@ class LogitsRow {
   __device__ bool is_class(int j, unsigned c) const { return j < kSure || c < classes_; }
 
   __device__ void load(unsigned first, C* values) const {
-    const int64_t stride = kWhole ? 1 : stride_;
+    const int64_t stride = kInRegisters ? 1 : stride_;
     int64_t at = (first + lane_) * stride;
 #pragma unroll
     for (int j = 0; j < kEach; ++j, at += kLanes * stride) {
@@ -143,7 +141,7 @@ class LogitsRow {
   const T* x_;
   int64_t stride_;
   unsigned classes_, lane_;
-  C values_[kWhole ? kEach : 1];
+  C values_[kInRegisters ? kEach : 1];
 };
 
 // Visits the rows of this block, one for each group of kLanes: f(image, prior, inside) by all threads together. Beyond

@@ -33,12 +33,12 @@ using gpu::Word;
 
 constexpr int kChunk = 32;  // tiles that are decided in one launch
 constexpr int64_t kChunkBoxes = kChunk * kTile;
-constexpr int64_t kFew = 4096;              // boxes that are sorted in one launch, and not grouped by class
-constexpr int kStep = 4;                    // tiles that a step of the sweep decides
-constexpr int kRowThreads = kStep * kTile;  // of a block: one for each box of a step
-constexpr int kRowWarps = kRowThreads / gpu::kWarp;
-constexpr int kThreads = kRowThreads + gpu::kWarp;  // and a warp that decides
-constexpr int kRowsOfWarp = kTile / kRowWarps;
+constexpr int64_t kFew = 4096;               // boxes that are sorted in one launch, and not grouped by class
+constexpr int kStep = 4;                     // tiles that a step of the sweep decides
+constexpr int kStepThreads = kStep * kTile;  // of a block: one for each box of a step
+constexpr int kStepWarps = kStepThreads / gpu::kWarp;
+constexpr int kThreads = kStepThreads + gpu::kWarp;  // and a warp that decides
+constexpr int kRowsOfWarp = kTile / kStepWarps;
 template <class C>
 constexpr int kRowsAtOnce = sizeof(C) == 8 ? 1 : kRowsOfWarp / 2;  // as registers allow
 constexpr int kCompactThreads = gpu::kWarp * gpu::kWarp;
@@ -190,8 +190,8 @@ struct Shared {
   unsigned visited[kTile / gpu::kWarp];  // bits of the boxes whose score is a number
   Word removed[kChunk];                  // State::removed of each tile
   Word kept[kChunk];                     // boxes of each tile
-  unsigned alive[kRowWarps];             // bits of the step's boxes that overlap none kept before the step
-  Word within[2][kStep][kRowThreads];    // of the boxes of this step and the next: earlier ones of each tile of it that
+  unsigned alive[kStepWarps];            // bits of the step's boxes that overlap none kept before the step
+  Word within[2][kStep][kStepThreads];   // of the boxes of this step and the next: earlier ones of each tile of it that
                                          // they overlap
   int64_t kept_before[kChunk + 1];       // boxes kept of the chunk before each tile
 };
@@ -294,7 +294,7 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
     high_share = shares.of(high.box);
   };
   int column = blockIdx.y;
-  if (warp < kRowWarps) read_column(column);
+  if (warp < kStepWarps) read_column(column);
   if (thread < kTile) {
     const int row = tile * kTile + thread;
     const Key key = in.keys[chunk.begin + min_of(row, chunk.rows - 1)];
@@ -306,7 +306,7 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
     if (lane == 0) shared.visited[warp] = visited;
   }
   __syncthreads();  // the tile is there
-  if (warp >= kRowWarps) return;
+  if (warp >= kStepWarps) return;
 
   const int first_row = warp * kRowsOfWarp;
   constexpr unsigned kRows = (1u << kRowsOfWarp) - 1;
@@ -382,7 +382,7 @@ template <class C>
 __device__ void sweep_chunk(const Workspace<C>& w, const Chunk& chunk, Shared<C>& shared) {
   const int thread = threadIdx.x, lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
   const int tiles = chunk.tiles(), own_tile = thread / kTile;
-  const bool decides = warp == kRowWarps;
+  const bool decides = warp == kStepWarps;
   if (thread < kChunk) {
     const State* const state = &w.states[chunk.begin + thread * kTile];
     shared.removed[thread] = thread < tiles ? gpu::load_written(&state->removed) : ~Word(0);
@@ -397,7 +397,7 @@ __device__ void sweep_chunk(const Workspace<C>& w, const Chunk& chunk, Shared<C>
     removed = shared.removed[step * kStep + own_tile] >> (thread % kTile) & 1;
     met = 0;
     const auto word = [&](int tile) {
-      return removed ? Word(0) : gpu::load_written(w.earlier_of(chunk, tile) + step * kRowThreads + thread);
+      return removed ? Word(0) : gpu::load_written(w.earlier_of(chunk, tile) + step * kStepThreads + thread);
     };
 #pragma unroll
     for (int t = 0; t < kStep; ++t) {
