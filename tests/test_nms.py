@@ -98,6 +98,11 @@ def test_sizes_about_the_steps_and_chunks_of_the_gpu(gpu, n, generator):
     _assert_cpu_result(gpu, *detector_candidates(n, generator))
 
 
+def test_a_whole_chunk_of_the_gpu_is_kept(gpu):
+    x = torch.arange(2048.0)
+    _assert_cpu_result(gpu, torch.stack([x, torch.zeros(2048), x + 1, torch.ones(2048)], 1), -x)
+
+
 @pytest.mark.parametrize("n", [4095, 4096, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sizes_about_the_sorts_of_the_gpu(gpu, n, dtype, generator):

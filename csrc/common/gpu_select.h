@@ -191,18 +191,15 @@ __device__ Cut<Key> cut_negatives(const ImageKeys<Key, kCached, Make>& keys, con
   for (int64_t begin = 0; begin < n; begin += kAhead * kSelectThreads) {
     const unsigned left = unsigned(n - begin < kAhead * kSelectThreads ? n - begin : kAhead * kSelectThreads);
     Key made[kAhead];
+    const auto place = [](int e) { return e * kSelectThreads + threadIdx.x; };
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const unsigned i = j * kSelectThreads + threadIdx.x;
-      made[j] = i < left ? keys.make(begin + i) : Key(kIgnoredKey);
-    }
+    for (int e = 0; e < kAhead; ++e) made[e] = place(e) < left ? keys.make(begin + place(e)) : Key(kIgnoredKey);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const unsigned i = j * kSelectThreads + threadIdx.x;
-      const bool inside = i < left;
-      if (kCached && inside) keys.cache[begin + i] = made[j];
-      if (inside) labels += uint64_t(made[j] == kPositiveKey) << 32 | uint64_t(made[j] > kPositiveKey);
-      count_digit(made[j], inside, kBits - kDigitBits, shared.select);
+    for (int e = 0; e < kAhead; ++e) {
+      const bool inside = place(e) < left;
+      if (kCached && inside) keys.cache[begin + place(e)] = made[e];
+      if (inside) labels += uint64_t(made[e] == kPositiveKey) << 32 | uint64_t(made[e] > kPositiveKey);
+      count_digit(made[e], inside, kBits - kDigitBits, shared.select);
     }
   }
   labels = block_sum(labels, shared.labels);  // whose barrier publishes cache and counts, too

@@ -462,11 +462,9 @@ __device__ void list_kept(int64_t first, int rows, const IntOf<C>* ranks, const 
   constexpr int kEach = kTileRows / gpu::kWarp;
   const int lane = int(threadIdx.x);
   IntOf<C> rank[kEach];
+  const auto rank_at = [&](int i) { return i < rows ? ranks[first + i] : kAbsent<C>; };
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    const int i = j * gpu::kWarp + lane;
-    rank[j] = i < rows ? ranks[first + i] : kAbsent<C>;
-  }
+  for (int j = 0; j < kEach; ++j) rank[j] = rank_at(j * gpu::kWarp + lane);
   int count = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
