@@ -283,9 +283,11 @@ def nsight_compute(check: Check) -> Outcome:
     print("\n".join(table), flush=True)
     verdict, wrong = ended(job, "ncu failed")
     if not any(row["us"] for row in rows):
-        # what it may not or cannot do here says nothing of ours
-        verdict = "skipped" if any(line.startswith("==ERROR==") for line in complaints) else "failed"
         wrong.insert(0, "ncu measured nothing")
+        if any(line.startswith("==ERROR==") for line in complaints):
+            verdict = "skipped"  # what it may not or cannot do here says nothing of ours
+        elif verdict == "passed":
+            verdict = "failed"
     if verdict != "passed":
         wrong += complaints or job.lines[-5:]
     return Outcome(verdict, {"kernels": len(rows)}, wrong, table)

@@ -577,8 +577,9 @@ def test_what_nsight_compute_complains_of_is_named(check, scripted, capsys):
     found = gpu_check.nsight_compute(check)
     notes = ["ncu measured nothing", "==ERROR== ERR_NVGPUCTRPERM - no permission"]
     assert (found.verdict, found.notes) == ("skipped", notes)
-    scripted(("", 0))
-    assert gpu_check.nsight_compute(check).verdict == "failed"
+    for status, verdict in ((0, "failed"), (None, "timed out")):
+        scripted(("", status))
+        assert gpu_check.nsight_compute(check).verdict == verdict
     scripted((NCU, None))
     found = gpu_check.nsight_compute(check)
     assert (found.verdict, found.counts) == ("timed out", {"kernels": 2})
