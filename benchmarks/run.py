@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--flush-l2",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="on CUDA, overwrite the L2 cache before each call (default: yes)",
+        help="on CUDA, evict what is in the L2 cache before each call (default: yes)",
     )
     parser.add_argument(
         "--scaling",

@@ -94,7 +94,7 @@ def _run_delay() -> float:
 @cache
 def eviction() -> Callable[[], object]:
     """A call that leaves nothing else in L2. It reads: were it to write, the next kernel would wait for that to reach
-    memory. It is one kernel: a reduction to more than few numbers needs no memset.
+    memory. It is one kernel: a reduction to many numbers needs no memset.
     """
     rows = torch.cuda.get_device_properties(0).L2_cache_size // 4096
     return partial(torch.ones(rows, 4096, dtype=torch.int32, device="cuda").amax, 1)  # four times as large as L2
