@@ -288,9 +288,9 @@ __device__ void list_best(const Inputs& in, const Workspace<C>& w, int64_t image
       row[j] = key_at.row(p);
     }
 #pragma unroll
-    for (int e = 0; e < kAhead; ++e) {
-      const int64_t p = begin + e * kThreads + thread;
-      const C score = p < priors ? key_at.score(x[e], row[e]) : C(0);
+    for (int j = 0; j < kAhead; ++j) {
+      const int64_t p = begin + j * kThreads + thread;
+      const C score = p < priors ? key_at.score(x[j], row[j]) : C(0);
       if (kCached && p < priors) cache[p] = score;
       const Key<C> key = key_at.key(score, p);
       count += key != 0;
