@@ -73,7 +73,7 @@ LIMITS = {  # seconds
     "sanitizer": 75 + 60,
     "benchmark": 80,
 }
-DRY = 3  # times as much for a dry run, which may have but one core
+DRY_RUN_FACTOR = 3  # of all limits: a dry run may have but one core
 BY_FUNCTION = "= outcomes of each test function ="
 SELECTION = "cuda or mixed_devices"
 NEVER_SKIPPED = re.compile("cuda_gives|cuda_graph|mixed_devices|gpu")  # in the names of tests that need a GPU
@@ -316,7 +316,6 @@ def sanitize(check: Check) -> Outcome:
         if notes:
             return Outcome("skipped", notes=notes)
         tools: dict[str, dict[str, Any]] = {}
-        said: dict[str, str] = {}
         first = 75 / LIMITS["sanitizer"] * check.left
         for pair, limit in ((sanitizer.TOOLS[:2], first), (sanitizer.TOOLS[2:], check.left)):
             limit = min(limit, check.left)
@@ -324,9 +323,9 @@ def sanitize(check: Check) -> Outcome:
             jobs = [sanitizer.job(program, tool, limit * 0.6, faults) for tool in pair]
             check.run(*jobs, limit=limit)
             for job in jobs:
-                found = tools[job.name] = sanitizer.judge(job.text, job.status)
-                said[job.name] = found["verdict"] + (f", in {found['in']}" if found["in"] else "")
-                print(f"{job.name}: {said[job.name]}", flush=True)
+                tools[job.name] = sanitizer.judge(job.text, job.status)
+                print(f"{job.name}: {sanitizer.in_words(tools[job.name])}", flush=True)
+    said = {tool: sanitizer.in_words(found) for tool, found in tools.items()}
     stands_for = {"clean": "passed", "timed out": "timed out", sanitizer.BROKEN: "skipped"}
     verdict = min((stands_for.get(found["verdict"], "failed") for found in tools.values()), key=WORST.index)
     counts = {"clean": sum(found["verdict"] == "clean" for found in tools.values())}
@@ -428,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_all(args: argparse.Namespace, out: Path) -> int:
-    end = math.inf if args.limit else monotonic() + SECONDS * (DRY if args.dry_run else 1)
+    end = math.inf if args.limit else monotonic() + SECONDS * (DRY_RUN_FACTOR if args.dry_run else 1)
     under = conditions(args.dry_run, limit(args, "facts"))
     gpu = "dry-run" if args.dry_run else re.sub(r"[^a-z0-9]+", "-", str(under["gpu"]).lower()).strip("-")
     check = Check(under, out, f"{under['date'][:10]}-{gpu}", args.dry_run, args.full)
@@ -472,7 +471,7 @@ def check_all(args: argparse.Namespace, out: Path) -> int:
 
 
 def limit(args: argparse.Namespace, name: str) -> float:
-    return args.limit or LIMITS[name] * (DRY if args.dry_run else 1)
+    return args.limit or LIMITS[name] * (DRY_RUN_FACTOR if args.dry_run else 1)
 
 
 if __name__ == "__main__":

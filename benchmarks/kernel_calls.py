@@ -74,7 +74,8 @@ def call_all(device: str, seconds: float) -> tuple[int, int, int]:
     for op, case, dtype in every:
         if perf_counter() - start > seconds:
             break
-        print(f"call {done + 1} of {len(every)}: {op.name}, {case.name}, {dtype}", flush=True)
+        done += 1
+        print(f"call {done} of {len(every)}: {op.name}, {case.name}, {dtype}", flush=True)
         try:
             outputs(op, convert(case.make(torch.Generator().manual_seed(SEED)), dtype), device)
         except Exception:
@@ -82,9 +83,7 @@ def call_all(device: str, seconds: float) -> tuple[int, int, int]:
             traceback.print_exc(limit=-3)
             failed += 1
             if is_lost(device):
-                done += 1
                 break
-        done += 1
     return done, len(every), failed
 
 

@@ -130,7 +130,8 @@ def judge(text: str, status: int | None) -> dict[str, Any]:
     unread = max(0, summary(text) - len(all_reports))
     found = {"calls": done, "total": total, "failed": failed, "in": unfinished}
     found |= {"planted": planted, "ours": ours, "others": len(all_reports) - planted - ours}
-    if not ours and status is not None and not unfinished and failed == done and (failed or not total):
+    none_works = not total or 0 < failed == done
+    if none_works and not ours and not unfinished and status is not None:
         verdict = BROKEN
     elif ours or failed:
         verdict = f"{ours} reports of ours, {failed} calls failed"
@@ -149,3 +150,8 @@ def judge(text: str, status: int | None) -> dict[str, Any]:
     else:
         verdict = "clean"
     return {"verdict": verdict} | found
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The verdict of :func:`judge`, and in which call the program ended."""
+    return found["verdict"] + (f", in {found['in']}" if found["in"] else "")

@@ -82,6 +82,28 @@ def test_ours_wrong_sets_the_exit_status(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("status", "exit_status"), [("wrong", 1), ("failed", 1), ("missing", 0)])
+def test_a_cuda_graph_of_ours_that_is_wrong_sets_the_exit_status(status, exit_status, monkeypatch):
+    def unavailable(inputs):
+        raise {"failed": RuntimeError, "missing": MissingPeerError}[status]("no graph")
+
+    graph = contender(off_by_a_thousandth) if status == "wrong" else unavailable
+    monkeypatch.setattr(run, "contenders_of", lambda *_, **__: {OURS: contender(DECODE.op), GRAPH: graph})
+    monkeypatch.setattr(run, "OPS", [dataclasses.replace(DECODE, cases=[dataclasses.replace(SMALL, benchmark=True)])])
+    monkeypatch.setattr(run, "Plan", lambda: BRIEF)
+    assert run.main(["--no-compile", "--ops", "decode"]) == exit_status
+
+
+def test_results_are_saved_case_by_case(monkeypatch, tmp_path):
+    saved = []
+    cases = [dataclasses.replace(SMALL, name=name, benchmark=True) for name in "ab"]
+    monkeypatch.setattr(run, "OPS", [dataclasses.replace(DECODE, cases=cases, peers={})])
+    monkeypatch.setattr(run, "Plan", lambda: BRIEF)
+    monkeypatch.setattr(run, "write_json", lambda file, made: saved.append([row["case"] for row in made["results"]]))
+    assert run.main(["--no-compile", "--ops", "decode", "--json", str(tmp_path / "x.json")]) == 0
+    assert saved == [[], ["a"], ["a", "b"]]
+
+
 def test_all_are_checked_against_the_reference_in_float64():
     seen = []
 

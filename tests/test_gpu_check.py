@@ -89,9 +89,7 @@ def test_an_output_that_no_kernel_wrote_is_ours():
     assert sanitizer.judge(text, 0)["verdict"] == "1 reports of ours, 0 calls failed"
 
 
-BEGUN = (
-    "call 1 of 812: nms, ties, torch.float32\nFAILED: nms, ties, torch.float32\ncall 2 of 812: nms, large, torch.half\n"
-)
+BEGUN = "call 1 of 812: nms, ties, torch.half\ncall 2 of 812: nms, large, torch.half\n"
 
 
 @pytest.mark.parametrize(
@@ -101,10 +99,10 @@ BEGUN = (
         ("90 of 812 calls, 0 failed\n", 0, "timed out", None),
         ("0 of 812 calls, 0 failed\n", 0, "timed out", None),
         ("", None, "timed out", None),
-        (BEGUN.replace("FAILED", "made"), None, "timed out", "nms, large, torch.half"),
-        (BEGUN.replace("FAILED", "made"), -11, "ended by itself, exit status -11", "nms, large, torch.half"),
-        (BEGUN, -11, "0 reports of ours, 1 calls failed", "nms, large, torch.half"),
-        (BEGUN + "1 of 812 calls, 1 failed\n", 0, sanitizer.BROKEN, None),
+        (BEGUN, None, "timed out", "nms, large, torch.half"),
+        (BEGUN, -11, "ended by itself, exit status -11", "nms, large, torch.half"),
+        ("FAILED: nms\n" + BEGUN, -11, "0 reports of ours, 1 calls failed", "nms, large, torch.half"),
+        (BEGUN + "2 of 812 calls, 2 failed\n", 0, sanitizer.BROKEN, None),
         ("", 255, sanitizer.BROKEN, None),
     ],
 )
@@ -385,7 +383,7 @@ def test_a(i):
         synchronize()
 
 def test_b():
-    pytest.skip("not here")
+    pytest.skip("to be counted")
 
 def test_interrupted():
     os.kill(os.getpid(), signal.SIGINT)
@@ -600,7 +598,7 @@ def test_the_sanitizers_run_two_by_two(check, scripted, capsys):
     scripted(compiled, *clean.values())
     found = gpu_check.sanitize(check)
     assert (found.verdict, found.counts, found.notes) == ("skipped", {"clean": 3}, [f"racecheck: {sanitizer.BROKEN}"])
-    clean["synccheck"] = output("synccheck", calls=BEGUN.replace("FAILED", "made")), None
+    clean["synccheck"] = output("synccheck", calls=BEGUN), None
     scripted(compiled, *clean.values())
     found = gpu_check.sanitize(check)
     assert (found.verdict, found.notes[1]) == ("timed out", "synccheck: timed out, in nms, large, torch.half")
@@ -709,7 +707,7 @@ def test_an_unknown_stage_is_refused(capsys):
 
 
 def test_all_stages_end_within_ten_minutes(machine_with_gpu, monkeypatch, tmp_path):
-    assert gpu_check.SECONDS + jobs.GRACE + 15 < 600  # of those who do not hear, too
+    assert gpu_check.SECONDS + jobs.GRACE + 15 < 600  # what ignores the interrupt takes 15 s more
     left = []
     monkeypatch.setitem(gpu_check.STAGES, "b", lambda check: left.append(check.left) or Outcome("passed"))
     monkeypatch.setattr(gpu_check, "LIMITS", {"facts": 1, "a": 1, "b": 500})
@@ -726,13 +724,11 @@ def test_every_stage_has_a_limit():
 def test_clocks_are_told_once(monkeypatch):
     facts = {"torch": "2.11.0", "gpu": "NVIDIA H100", "capability": "9.0"}
     monkeypatch.setattr(machine, "FACTS", f"print({json.dumps(json.dumps(facts))})")
+    monkeypatch.setattr(machine, "CLOCKS", ("clocks.sm", "power.limit"))
     monkeypatch.setattr(machine, "nvidia_smi", lambda *fields: ", ".join(f"{i} MHz" for i, _ in enumerate(fields)))
     told = machine.conditions(False, 60)
     assert told["gpu"] == "NVIDIA H100"
-    assert (
-        told["clocks"]
-        == "clocks.sm 0 MHz, clocks.max.sm 1 MHz, clocks.mem 2 MHz, clocks.max.mem 3 MHz, power.limit 4 MHz"
-    )
+    assert told["clocks"] == "clocks.sm 0 MHz, power.limit 1 MHz"
 
 
 def test_commit_of_a_tree_without_git_is_the_callers(monkeypatch):

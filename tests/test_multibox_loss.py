@@ -83,13 +83,15 @@ def test_more_priors_than_a_gpu_block_has_bits_for(gpu, generator):
     assert_same_bits(gpu(ops.multibox_loss, inputs), ops.multibox_loss(**inputs))
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a CUDA build")
-def test_more_priors_than_the_gradient_counts_are_refused():
-    number, one, label = (torch.zeros((), device="cuda"), torch.zeros(1, 1, 4, device="cuda"), torch.zeros(1, 1).long())
-    deltas, labels = one.expand(1, 2**32, 4), label.cuda().expand(1, 2**32)
-    divisors = torch.ones(1, dtype=torch.int64, device="cuda")
+def test_more_priors_than_the_gradient_counts_are_refused(gpu):
+    def call(grad_loc, deltas, labels, divisors):
+        deltas, labels = deltas.expand(1, 2**32, 4), labels.expand(1, 2**32)
+        torch.ops.ssd_ext.multibox_loss_deltas_gradient(grad_loc, deltas, deltas, labels, divisors, 1.0, 1.0)
+
+    one = torch.ones(1, 1, dtype=torch.int64)
+    inputs = {"grad_loc": torch.zeros(()), "deltas": torch.zeros(1, 1, 4), "labels": one, "divisors": one[0]}
     with pytest.raises(ValueError, match=r"4294967295 priors on CUDA, got \[1, 4294967296\]"):
-        torch.ops.ssd_ext.multibox_loss_deltas_gradient(number, deltas, deltas, labels, divisors, 1.0, 1.0)
+        gpu(call, inputs)
 
 
 @pytest.mark.skipif(bool(EMULATED), reason="takes minutes in the emulator: a thousand threads for each image")

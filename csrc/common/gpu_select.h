@@ -21,8 +21,8 @@ constexpr int kDigits = 1 << kDigitBits;
 // What the threads of a block tell each other.
 template <class Key>
 struct SelectShared {
-  unsigned counts[kDigits];  // keys that begin with the prefix, by their next digit; adds of 64 bits would be loops
-                             // that retry
+  unsigned counts[kDigits];  // keys that begin with the prefix, by their next digit; a 64-bit atomic add
+                             // would compile to a retry loop
   Key prefix;                // the digits found so far of the k-th greatest key
   int64_t wanted;            // how many of the keys that begin so are among the k greatest
   int64_t found;             // how many begin so
