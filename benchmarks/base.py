@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.cases.spec import Case, Inputs, Op, convert
 from benchmarks.measure import SEED, Plan, figures
 from benchmarks.record import ROOT
 from benchmarks.timing import Turn, alternate, joined
 from benchmarks.worker import Outputs
+from opinfo.spec import Case, Inputs, OpInfo, convert
 
 PAIRS = 3
 SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # GNU's runtime; LLVM's and Intel's, milliseconds
@@ -140,7 +140,7 @@ class Found:
         return len({(found["case"], found["dtype"]) for found in self.differences})
 
 
-def cases_of(op: Op, device: str, quick: bool) -> Iterator[tuple[Case, bool]]:
+def cases_of(op: OpInfo, device: str, quick: bool) -> Iterator[tuple[Case, bool]]:
     """Cases to compare, and whether to time them too."""
     for case in op.cases:
         if not case.benchmark:
@@ -151,7 +151,7 @@ def cases_of(op: Op, device: str, quick: bool) -> Iterator[tuple[Case, bool]]:
         yield op.full_size_case, False
 
 
-def compare(op: Op, case: Case, timed: bool, pairs: list[Pair], plan: Plan, found: Found) -> None:
+def compare(op: OpInfo, case: Case, timed: bool, pairs: list[Pair], plan: Plan, found: Found) -> None:
     """Compare both builds on one case, in all its dtypes, then time them; the findings are added to ``found``."""
     made = case.make(torch.Generator().manual_seed(SEED))
     comparable = [compare_bits(op, case, dtype, convert(made, dtype), pairs[0], found) for dtype in case.dtypes]
@@ -159,7 +159,7 @@ def compare(op: Op, case: Case, timed: bool, pairs: list[Pair], plan: Plan, foun
         found.timings.append({"case": case.name, **time(op, case, made, pairs, plan)})
 
 
-def time(op: Op, case: Case, made: Inputs, pairs: list[Pair], plan: Plan) -> dict[str, Any]:
+def time(op: OpInfo, case: Case, made: Inputs, pairs: list[Pair], plan: Plan) -> dict[str, Any]:
     """The figures of both builds over all pairs, and how many times faster the new is in each."""
     sides = dict(enumerate(itertools.chain(*pairs)))  # the old ones are even
     for side in sides.values():
@@ -172,7 +172,7 @@ def time(op: Op, case: Case, made: Inputs, pairs: list[Pair], plan: Plan) -> dic
     return rows | {"ratio": statistics.median(ratios), "ratios": ratios}
 
 
-def compare_bits(op: Op, case: Case, dtype: torch.dtype, inputs: Inputs, pair: Pair, found: Found) -> bool:
+def compare_bits(op: OpInfo, case: Case, dtype: torch.dtype, inputs: Inputs, pair: Pair, found: Found) -> bool:
     """One comparison, of all outputs and gradients; false where one of the builds does not give them."""
     where = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
     gave: list[Outputs | RaisedError] = []
@@ -226,7 +226,7 @@ def difference(old: Tensor, new: Tensor, names: tuple[str, str] = ("old", "new")
 
 
 def compare_builds(
-    ops: list[Op],
+    ops: list[OpInfo],
     pairs: list[Pair],
     device: str,
     quick: bool,

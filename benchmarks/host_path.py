@@ -27,7 +27,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler misses a GPU
 import torch
 from torch.autograd.profiler import profile
 
-from benchmarks.cases import OPS
+from opinfo import OPS
 from ssd_ext import _C
 
 SEED = 20

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.spec import Call, Case, Inputs, MissingPeerError, Op, close, convert
+from benchmarks.peers import MissingPeerError, peers_of
 from benchmarks.timing import Clock, Timing, alternate, replay
+from opinfo.spec import Call, Case, Inputs, OpInfo, close, convert
 
 OURS, GRAPH, REFERENCE, COMPILED = "ssd_ext", "CUDA graph", "reference", "torch.compile"
 SEED = 20
@@ -37,7 +38,7 @@ class TooSlowError(BaseException):
     """Raised inside torch.compile, which would swallow an Exception."""
 
 
-def contenders_of(op: Op, case: Case, plan: Plan, compiled: bool = True, captured: bool = False) -> Contenders:
+def contenders_of(op: OpInfo, case: Case, plan: Plan, compiled: bool = True, captured: bool = False) -> Contenders:
     """Everybody who can run ``op``: ours, in a CUDA graph too; the reference and the peers, some by torch.compile."""
     bind = _binder(op, case)
     contenders: Contenders = {OURS: lambda inputs: bind(partial(op.op, **inputs), inputs)}
@@ -46,23 +47,24 @@ def contenders_of(op: Op, case: Case, plan: Plan, compiled: bool = True, capture
     contenders[REFERENCE] = lambda inputs: bind(partial(op.reference, **inputs), inputs)
     if compiled:
         contenders[COMPILED] = partial(_compile, op.reference, plan.compile_limit, bind)
-    for name, make in op.peers.items():
+    peers = peers_of(op)
+    for name, make in peers.calls.items():
         contenders[name] = (lambda inputs, make=make: bind(make(inputs), inputs)) if case.peers else _refuse_case
-    for name, function in op.compiled_peers.items() if compiled else ():
+    for name, function in peers.compiled.items() if compiled else ():
         contenders[name] = partial(_compile, function, plan.compile_limit, bind) if case.peers else _refuse_case
     return contenders
 
 
-def _binder(op: Op, case: Case) -> Bind:
+def _binder(op: OpInfo, case: Case) -> Bind:
     """The call alone, or with the gradients of its outputs' sum where the case has them timed."""
     return op.with_gradients if case.backward else lambda call, inputs: call
 
 
-def _requiring_grad(op: Op, case: Case, inputs: Inputs) -> Inputs:
+def _requiring_grad(op: OpInfo, case: Case, inputs: Inputs) -> Inputs:
     return op.with_leaves(inputs) if case.backward else inputs
 
 
-def _mismatch(op: Op, case: Case, made: Inputs, result: Any, expected: Any) -> str | None:
+def _mismatch(op: OpInfo, case: Case, made: Inputs, result: Any, expected: Any) -> str | None:
     if not case.backward:
         return op.mismatch(made, result, expected)
     (outputs, gradients), (expected_outputs, expected_gradients) = result, expected
@@ -77,7 +79,7 @@ def _refuse_case(inputs: Inputs) -> Call:
     raise MissingPeerError("has no such case (see its description)")
 
 
-def _capture(op: Op, bind: Bind, inputs: Inputs) -> Call:
+def _capture(op: OpInfo, bind: Bind, inputs: Inputs) -> Call:
     if any(isinstance(value, list) for value in inputs.values()):
         raise MissingPeerError("a list's lengths come from the host")
     return replay(bind(partial(op.op, **inputs), inputs))
@@ -115,7 +117,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def measure(
-    op: Op,
+    op: OpInfo,
     case: Case,
     contenders: Contenders,
     clock: Clock,
@@ -196,7 +198,7 @@ def _compare(rows: dict[str, dict[str, Any]], least_bytes: int, memory_rate: flo
 
 
 def measure_scaling(
-    op: Op, clock: Clock, plan: Plan, batches: list[int], say=lambda text: None
+    op: OpInfo, clock: Clock, plan: Plan, batches: list[int], say=lambda text: None
 ) -> list[dict[str, Any]]:
     """Ours over batch sizes, each checked against the float64 reference like any case."""
     results = []

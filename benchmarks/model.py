@@ -28,9 +28,9 @@ if not __package__:  # run as a script
 import torch  # noqa: E402
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300  # noqa: E402
 
-from benchmarks.cases.inputs import synthetic_gts  # noqa: E402
 from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
 from benchmarks.timing import Clock, CpuClock, CudaClock, alternate  # noqa: E402
+from opinfo.inputs import synthetic_gts  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 from ssd_ext.models import MODELS, SSD, create, load_weights  # noqa: E402
 

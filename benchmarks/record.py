@@ -39,7 +39,7 @@ def commit() -> str | None:
 def sources() -> str:
     """A hash of what is built, tested and measured; the same for the same tree, with git or without."""
     found = hashlib.sha256()
-    for name in ("CMakeLists.txt", "csrc", "ssd_ext", "benchmarks", "tests"):
+    for name in ("CMakeLists.txt", "csrc", "ssd_ext", "opinfo", "benchmarks", "tests"):
         for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
             kept = path.suffix in (".txt", ".cpp", ".cu", ".h", ".inl", ".py", ".json") and "results" not in path.parts
             if kept and path.is_file():

@@ -1,4 +1,4 @@
-"""Compares every op with plain PyTorch and with the best peers, on the cases of benchmarks/cases.
+"""Compares every op with plain PyTorch and with the best peers, on the cases of opinfo.
 
 Each contender's result is checked against the float64 reference before it is timed; a wrong one
 gets no speed, and the exit status is 1 where it is ours.
@@ -66,12 +66,12 @@ import torch  # noqa: E402
 import ssd_ext  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.base import DiedError, Found, RaisedError, compare_builds, pairs_of  # noqa: E402
-from benchmarks.cases import OPS  # noqa: E402
-from benchmarks.cases.spec import Case, Op  # noqa: E402
 from benchmarks.measure import GRAPH, OURS, Plan, contenders_of, measure, measure_scaling  # noqa: E402
 from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
 from benchmarks.revision import Base, RevisionError, built  # noqa: E402
 from benchmarks.timing import CpuClock, CudaClock, memory_rate  # noqa: E402
+from opinfo import OPS  # noqa: E402
+from opinfo.spec import Case, OpInfo  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
 QUICK = Plan(seconds=0.5, rounds=3, slow=0.5, compile_limit=60)
@@ -216,7 +216,7 @@ class Progress:
         print(text, flush=True)
 
 
-def chosen_cases(op: Op, args: argparse.Namespace) -> list[Case]:
+def chosen_cases(op: OpInfo, args: argparse.Namespace) -> list[Case]:
     timed = [case for case in op.cases if case.benchmark]
     if args.cases:
         return [case for case in timed if case.name in args.cases]

@@ -21,7 +21,7 @@ if not any((ROOT / "ssd_ext").glob("_C*.so")):  # not built in this tree: the in
 
 from progress import pytest_addoption, pytest_configure  # noqa: E402, F401
 
-from benchmarks.cases.spec import convert  # noqa: E402
+from opinfo.spec import convert  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
 # Models, data and training stand on torchvision, an optional package.

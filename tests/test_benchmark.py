@@ -16,11 +16,12 @@ import ssd_ext
 from benchmarks import base, report, revision, run
 from benchmarks import measure as measuring
 from benchmarks.base import Found, cases_of, difference, unlike
-from benchmarks.cases import OPS
-from benchmarks.cases.inputs import coco_gts
-from benchmarks.cases.spec import Case, MissingPeerError
 from benchmarks.measure import COMPILED, GRAPH, OURS, REFERENCE, Plan, contenders_of, measure, measure_scaling
+from benchmarks.peers import PEERS, MissingPeerError, Peers, peers_of
 from benchmarks.timing import LEAST_TURNS, WAITING, CpuClock, Turn, alternate, settle
+from opinfo import OPS
+from opinfo.inputs import coco_gts
+from opinfo.spec import Case
 from ssd_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,17 +61,17 @@ def test_ours_wrong_gets_no_speed_and_no_ratio():
     assert "WRONG" in report.summary([result])
 
 
-def test_gradients_are_checked_and_timed_where_the_case_says_so():
+def test_gradients_are_checked_and_timed_where_the_case_says_so(monkeypatch):
     def no_gradient_of_a_corner(deltas, priors):
         boxes = DECODE.op(deltas, priors)
         return torch.cat([boxes[..., :3], boxes[..., 3:].detach()], -1)
 
     case = dataclasses.replace(SMALL, backward=True)
-    op = dataclasses.replace(DECODE, peers={"planted": contender(no_gradient_of_a_corner)})
-    _, rows = measured(contenders_of(op, case, BRIEF, compiled=False), op, case)
+    monkeypatch.setitem(PEERS, "decode", Peers({"planted": contender(no_gradient_of_a_corner)}))
+    _, rows = measured(contenders_of(DECODE, case, BRIEF, compiled=False), case=case)
     assert rows[OURS]["status"] == rows[REFERENCE]["status"] == "timed"
     assert rows["planted"]["status"] == "wrong"
-    _, rows = measured(contenders_of(op, SMALL, BRIEF, compiled=False), op)
+    _, rows = measured(contenders_of(DECODE, SMALL, BRIEF, compiled=False))
     assert rows["planted"]["status"] == "timed"  # its boxes are right
 
 
@@ -97,7 +98,8 @@ def test_a_cuda_graph_of_ours_that_is_wrong_sets_the_exit_status(status, exit_st
 def test_results_are_saved_case_by_case(monkeypatch, tmp_path):
     saved = []
     cases = [dataclasses.replace(SMALL, name=name, benchmark=True) for name in "ab"]
-    monkeypatch.setattr(run, "OPS", [dataclasses.replace(DECODE, cases=cases, peers={})])
+    monkeypatch.setattr(run, "OPS", [dataclasses.replace(DECODE, cases=cases)])
+    monkeypatch.setitem(PEERS, "decode", Peers())
     monkeypatch.setattr(run, "Plan", lambda: BRIEF)
     monkeypatch.setattr(run, "write_json", lambda file, made: saved.append([row["case"] for row in made["results"]]))
     assert run.main(["--no-compile", "--ops", "decode", "--json", str(tmp_path / "x.json")]) == 0
@@ -145,13 +147,15 @@ def test_a_slow_contender_is_called_once():
     assert rows["slow"]["samples"] == len(calls) == 1
 
 
-def test_contenders_are_everybody():
-    assert list(contenders_of(DECODE, SMALL, BRIEF)) == [OURS, REFERENCE, COMPILED, *DECODE.peers]
+def test_contenders_are_everybody(monkeypatch):
+    assert PEERS.keys() < {op.name for op in OPS}
+    peers = peers_of(DECODE).calls
+    assert list(contenders_of(DECODE, SMALL, BRIEF)) == [OURS, REFERENCE, COMPILED, *peers]
     assert COMPILED not in contenders_of(DECODE, SMALL, BRIEF, compiled=False)
-    op = dataclasses.replace(DECODE, compiled_peers={"tuned": DECODE.reference})
-    assert list(contenders_of(op, SMALL, BRIEF)) == [OURS, REFERENCE, COMPILED, *DECODE.peers, "tuned"]
-    assert "tuned" not in contenders_of(op, SMALL, BRIEF, compiled=False)
-    assert list(contenders_of(op, SMALL, BRIEF, captured=True))[:2] == [OURS, GRAPH]
+    assert list(contenders_of(DECODE, SMALL, BRIEF, captured=True))[:2] == [OURS, GRAPH]
+    monkeypatch.setitem(PEERS, "decode", Peers(peers, {"tuned": DECODE.reference}))
+    assert list(contenders_of(DECODE, SMALL, BRIEF)) == [OURS, REFERENCE, COMPILED, *peers, "tuned"]
+    assert "tuned" not in contenders_of(DECODE, SMALL, BRIEF, compiled=False)
     alone = contenders_of(DECODE, Case("x", SMALL.make, peers=False), BRIEF)
     with pytest.raises(MissingPeerError, match="no such case"):
         alone["torchvision"]({})
@@ -263,7 +267,7 @@ def test_script_writes_figures_and_picture(tmp_path):
     assert [r["case"] for r in figures["results"]] == [case.name for case in encode.cases if case.quick]
     for result in figures["results"]:
         rows = {row["name"]: row for row in result["contenders"]}
-        assert rows.keys() == {OURS, REFERENCE, *encode.peers}
+        assert rows.keys() == {OURS, REFERENCE, *peers_of(encode).calls}
         for row in rows.values():
             assert row["status"] in ("timed", "once", "missing")
             assert row["status"] == "missing" or row["median_ms"] > 0

@@ -7,8 +7,8 @@ import torch
 from conftest import EMULATED, emulated
 from test_ops import spread
 
-from benchmarks.cases import OPS
-from benchmarks.cases.spec import FLOATS, convert, map_tensors, tensors_in
+from opinfo import OPS
+from opinfo.spec import FLOATS, convert, map_tensors, tensors_in
 from ssd_ext import _C
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="needs a build with SSD_EXT_EMULATE (see CONTRIBUTING.md)")

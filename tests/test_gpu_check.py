@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.sh: what it concludes from what others print. That it runs, .ci/run shows by a dry run."""
+"""tests/gpu_check/check.sh: what it concludes from what others print. That it runs, .ci/run shows by a dry run."""
 
 import dataclasses
 import json
@@ -11,11 +11,13 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_profile, jobs, kernel_calls, machine, ncu, record, sanitizer
-from benchmarks.cases import OPS
-from benchmarks.gpu_check import Check, Outcome, exit_status, table
-from benchmarks.jobs import Job, nothing, run
-from benchmarks.machine import lacking
+from benchmarks import record
+from gpu_check import check as gpu_check
+from gpu_check import gpu_profile, jobs, kernel_calls, machine, ncu, sanitizer
+from gpu_check.check import Check, Outcome, exit_status, table
+from gpu_check.jobs import Job, nothing, run
+from gpu_check.machine import lacking
+from opinfo import OPS
 
 CALLS = "812 of 812 calls, 0 failed\n"
 REPORTS = {
@@ -229,7 +231,7 @@ def test_a_device_that_is_lost_is_asked_nothing_more(monkeypatch, capsys):
 def test_an_op_that_hangs_ends_its_process(python):
     code = """
 import sys, time
-from benchmarks import kernel_calls
+from gpu_check import kernel_calls
 kernel_calls.torch.zeros = lambda *_, **__: None
 kernel_calls.HANGS, kernel_calls.compare = 1, lambda *_: time.sleep(60)
 sys.exit(kernel_calls.compare_all("cuda", None))
@@ -658,8 +660,8 @@ def test_record_is_written_before_and_after_each_stage(machine_with_gpu, monkeyp
     assert made["stages"]["b"]["verdict"] == "failed"
     said = capsys.readouterr().out
     begins, ends = said.index("---- b: failed"), said.index("\n==== a\nof a\n")
-    assert said.index("b: gpu_check.py itself: OSError: out of paper") < begins < ends
-    assert said.endswith("b: gpu_check.py itself: OSError: out of paper\n" + table(made["stages"]) + "\n")
+    assert said.index("b: check.py itself: OSError: out of paper") < begins < ends
+    assert said.endswith("b: check.py itself: OSError: out of paper\n" + table(made["stages"]) + "\n")
 
 
 def test_a_check_that_is_ended_prints_its_tables(machine_with_gpu, monkeypatch, tmp_path, capsys):
@@ -740,7 +742,7 @@ def test_commit_of_a_tree_without_git_is_the_callers(monkeypatch):
 
 
 def test_the_script_needs_a_python():
-    script = gpu_check.ROOT / "benchmarks" / "gpu_check.sh"
+    script = gpu_check.ROOT / "tests" / "gpu_check" / "check.sh"
     failed = subprocess.run([script], env={**os.environ, "PYTHON": "no-python"}, capture_output=True, text=True)
     assert failed.returncode == 2
     assert "no no-python on PATH" in failed.stderr

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.cases.inputs import random_boxes, ssd300_priors
+from opinfo.inputs import random_boxes, ssd300_priors
 from ssd_ext import ops, reference
 
 # Corners on a small grid: IoUs are ratios of small integers, so ties are common, and equal in every precision.

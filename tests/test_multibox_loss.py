@@ -13,9 +13,9 @@ from test_detect import memory_peak
 from test_ops import assert_same_bits
 
 import ssd_ext
-from benchmarks.cases.inputs import ssd300_priors, synthetic_gts
-from benchmarks.cases.multibox_loss import MULTIBOX_LOSS
-from benchmarks.cases.spec import FLOATS, close, convert
+from opinfo.inputs import ssd300_priors, synthetic_gts
+from opinfo.multibox_loss import MULTIBOX_LOSS
+from opinfo.spec import FLOATS, close, convert
 from ssd_ext import _C, MultiBoxLoss, ops, reference
 
 CASES = [pytest.param(case, id=case.name) for case in MULTIBOX_LOSS.cases if not case.benchmark]

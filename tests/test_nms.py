@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.cases.inputs import detector_candidates
+from opinfo.inputs import detector_candidates
 from ssd_ext import ops, reference
 
 coordinate = st.integers(-2, 6)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.cases.inputs import detector_candidates
-from benchmarks.cases.soft_nms import SOFT_NMS, SOFT_NMS_PADDED
-from benchmarks.cases.spec import convert
+from opinfo.inputs import detector_candidates
+from opinfo.soft_nms import SOFT_NMS, SOFT_NMS_PADDED
+from opinfo.spec import convert
 from ssd_ext import ops, reference
 
 # Two boxes of IoU exactly 1/2 and one apart from both.

@@ -84,7 +84,7 @@ def mutate(path: Path, rooms: tuple[str, ...], first: int) -> tuple[str, list[Mu
 
 def build(tree: Path, rooms: list[str]) -> list[Mutant]:
     """Copy the sources to ``tree``, mutate the kernels there and compile; the module lies in its ssd_ext/."""
-    for name in ("csrc", "ssd_ext", "benchmarks", "tests"):
+    for name in ("csrc", "ssd_ext", "opinfo", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so"))
     for name in ("CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
@@ -117,7 +117,7 @@ def check(op, name: str, inputs: dict, seeds: int) -> None:
     """Raises unless an op gives the CPU's bits in the emulator."""
     import torch
 
-    from benchmarks.cases.spec import tensors_in
+    from opinfo.spec import tensors_in
     from ssd_ext import _C
 
     expected = list(tensors_in(op.op(**inputs)))
@@ -136,7 +136,7 @@ def run_room(room: str) -> None:
     import pytest
     import torch
 
-    from benchmarks.cases import OPS
+    from opinfo import OPS
 
     ops = [op for op in OPS if op.op.__module__.endswith("." + room)]
     runs = [
@@ -219,7 +219,7 @@ def main() -> int:
         sys.path[0] = folder
         import torch
 
-        from benchmarks.cases import OPS  # noqa: F401  so that no mutant need import it
+        from opinfo import OPS  # noqa: F401  so that no mutant need import it
 
         torch.set_num_threads(1)
         with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:

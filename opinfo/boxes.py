@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from benchmarks.cases.inputs import random_boxes, ssd300_priors
-from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op
+from opinfo.inputs import random_boxes, ssd300_priors
+from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
@@ -67,54 +67,26 @@ def _coding_errors(key):
     ]
 
 
-def _torchvision_coder(method):
-    def peer(inputs: Inputs):
-        try:
-            from torchvision.models.detection._utils import BoxCoder
-            from torchvision.ops import box_convert
-        except ImportError as e:
-            raise MissingPeerError(f"torchvision: {e}") from e
-        coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
-        priors = box_convert(inputs["priors"], "cxcywh", "xyxy")
-        rows = inputs["boxes" if method == "encode_single" else "deltas"]
-        one = getattr(coder, method)
-        if rows.dim() == 2:
-            return lambda: one(rows, priors)
-        images = rows.reshape(-1, *rows.shape[-2:])
-        return lambda: torch.stack([one(image, priors) for image in images]).reshape(rows.shape)
-
-    return peer
-
-
-def _torchvision_iou(inputs: Inputs):
-    try:
-        from torchvision.ops import box_iou
-    except ImportError as e:
-        raise MissingPeerError(f"torchvision: {e}") from e
-    return lambda: box_iou(inputs["boxes_a"], inputs["boxes_b"])
-
-
 def _hostile_deltas(g):
     deltas = _deltas((4,), 6, g)
     deltas[0], deltas[1, :, 2:], deltas[2, 0], deltas[3, 1] = math.nan, 500, math.inf, -math.inf
     return {"deltas": deltas, "priors": _priors(6, g)}
 
 
-ENCODE = Op(
+ENCODE = OpInfo(
     name="encode",
     op=ops.encode,
     reference=reference.encode,
     schema="encode",
     cases=_coding_cases("boxes", _boxes),
     errors=_coding_errors("boxes"),
-    peers={"torchvision": _torchvision_coder("encode_single")},
     # (center - prior) / (size * variance) in bfloat16 loses what the inputs' rounding loses: compare in its own terms.
     tolerance={torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 2e-3, torch.bfloat16: 2e-2},
     differentiable=("boxes",),
     scaling=lambda batch: {"boxes": _boxes((batch,), 8732, torch.Generator()), "priors": ssd300_priors()},
 )
 
-DECODE = Op(
+DECODE = OpInfo(
     name="decode",
     op=ops.decode,
     reference=reference.decode,
@@ -128,7 +100,6 @@ DECODE = Op(
             r"clip must be a number, got nan",
         ),
     ],
-    peers={"torchvision": _torchvision_coder("decode_single")},
     differentiable=("deltas",),
     scaling=lambda batch: {"deltas": _deltas((batch,), 8732, torch.Generator()), "priors": ssd300_priors()},
 )
@@ -155,7 +126,7 @@ def _iou_of(a, b):
     return lambda: {"boxes_a": a, "boxes_b": b}
 
 
-BOX_IOU = Op(
+BOX_IOU = OpInfo(
     name="box_iou",
     op=ops.box_iou,
     reference=reference.box_iou,
@@ -175,7 +146,6 @@ BOX_IOU = Op(
         ErrorCase("one box", _iou_of(torch.rand(3, 4), torch.rand(4)), r"\[M, 4\], got \[4\]"),
         ErrorCase("dtypes mixed", _iou_of(torch.rand(3, 4), torch.rand(3, 4).half()), r"got float16"),
     ],
-    peers={"torchvision": _torchvision_iou},
     full_size=_pairs(8732, 2).make,
 )
 

@@ -55,12 +55,12 @@ from time import monotonic
 from typing import Any
 
 if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])  # tests, the repository
 
-from benchmarks import ncu, sanitizer
-from benchmarks.jobs import Job, nothing, run
-from benchmarks.machine import conditions, cores, environment_program, lacking, toolkit_program
 from benchmarks.record import ROOT, write_json
+from gpu_check import ncu, sanitizer
+from gpu_check.jobs import Job, nothing, run
+from gpu_check.machine import conditions, cores, environment_program, lacking, toolkit_program
 
 SECONDS = 540  # of all stages, but for the ending of the last one's programs
 LIMITS = {  # seconds
@@ -125,7 +125,7 @@ class Check:
 
 
 def script(name: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    return [sys.executable, str(ROOT / name), *map(str, arguments)]
 
 
 def ended(job: Job, failed: str) -> tuple[str, list[str]]:
@@ -188,7 +188,7 @@ def smoke(check: Check) -> Outcome:
     said: dict[str, str] = {}
     after: list[str] = []
     while True:
-        command = script("kernel_calls.py", "--compare", "--device", check.device, *after)
+        command = script("tests/gpu_check/kernel_calls.py", "--compare", "--device", check.device, *after)
         job = Job(command, {"CUDA_LAUNCH_BLOCKING": "1"})
         check.run(job)
         names = names or re.findall(r"\w+", next((line[5:] for line in job.lines if line.startswith("ops: ")), ""))
@@ -214,7 +214,7 @@ def profile(check: Check) -> Outcome:
     file = check.file("profile.json")
     file.unlink(missing_ok=True)
     only = ["--cases", "B=1"] if check.dry_run else ["--seconds", check.left - 10]  # a case takes a few
-    job = Job(script("gpu_profile.py", "--device", check.device, "--json", file, *only))
+    job = Job(script("tests/gpu_check/gpu_profile.py", "--device", check.device, "--json", file, *only))
     check.run(job)
     cases = json.loads(file.read_text())["cases"] if file.is_file() else []
     verdict, notes = ended(job, "gpu_profile.py failed")
@@ -267,7 +267,7 @@ def outcomes(text: str) -> dict[str, Counter[str]]:
 def nsight_compute(check: Check) -> Outcome:
     notes, program = lacking("ncu"), toolkit_program("ncu")
     cases = "B=1" if check.dry_run else "B=32"
-    call = script("gpu_profile.py", "--once", "--device", check.device, "--cases", cases)
+    call = script("tests/gpu_check/gpu_profile.py", "--once", "--device", check.device, "--cases", cases)
     if check.dry_run:
         job = Job(call)
         check.run(job)
@@ -299,7 +299,7 @@ def sanitize(check: Check) -> Outcome:
     program = toolkit_program("compute-sanitizer")
     notes = lacking("compute-sanitizer")
     with tempfile.TemporaryDirectory() as folder:
-        faults = Path(folder) / "gpu_faults.so"
+        faults = Path(folder) / "faults.so"
         capability = (check.conditions["capability"] or "9.0").replace(".", "")
         compiled = Job(sanitizer.compile_command(toolkit_program("nvcc"), faults, capability))
         check.run(compiled)
@@ -337,7 +337,7 @@ def sanitize(check: Check) -> Outcome:
 def benchmark(check: Check) -> Outcome:
     file = check.file("benchmark.json")
     file.unlink(missing_ok=True)
-    command = script("run.py", "--device", check.device, "--json", file)
+    command = script("benchmarks/run.py", "--device", check.device, "--json", file)
     if check.dry_run:
         command += ["--quick", "--no-compile", "--ops", "decode"]
     elif not check.full:
@@ -406,7 +406,7 @@ def exit_status(verdicts: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu_check.sh", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tests/gpu_check/check.sh", description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; none: all")
     parser.add_argument("--dry-run", action="store_true", help="check what needs no GPU; takes under 3 minutes")
     parser.add_argument("--full", action="store_true", help="benchmark all cases, and torch.compile; needs --limit")
@@ -451,7 +451,7 @@ def check_all(args: argparse.Namespace, out: Path) -> int:
             try:
                 outcome = STAGES[name](check)
             except Exception as e:
-                outcome = Outcome("failed", notes=[f"gpu_check.py itself: {type(e).__name__}: {e}"])
+                outcome = Outcome("failed", notes=[f"check.py itself: {type(e).__name__}: {e}"])
             row |= {key: getattr(outcome, key) for key in ("verdict", "counts", "notes", "table")} | outcome.more
             row["seconds"] = round(monotonic() - start, 1)
             write_json(file, record)

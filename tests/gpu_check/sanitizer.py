@@ -1,4 +1,4 @@
-"""How gpu_check.py runs compute-sanitizer, and reads what it says.
+"""How check.py runs compute-sanitizer, and reads what it says.
 
 Each tool runs kernel_calls.py, which plants the tool's own fault after the calls. A tool's verdict is "clean" where
 it reports that fault and nothing else of ours, and where every call was made::
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import Job
+from gpu_check.jobs import Job
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOLDER = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ BROKEN = "no call works under the tool here"  # which says nothing of ours
 def compile_command(nvcc: str, library: Path, capability: str) -> list[str]:
     target = f"arch=compute_{capability},code=sm_{capability}"
     flags = ["-std=c++17", "-O2", "-lineinfo", "-shared", "-Xcompiler=-fPIC", f"-gencode={target}"]
-    return [nvcc, *flags, "-o", str(library), str(FOLDER / "gpu_faults.cu")]
+    return [nvcc, *flags, "-o", str(library), str(FOLDER / "faults.cu")]
 
 
 def check_faults(library: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssd_ext import priors as _priors
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = Path(__file__).resolve().parent / "data"
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def _coco() -> dict:
 
 
 def coco_gts(batch: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Ground truth of real photographs (COCO 2017, see benchmarks/data/SOURCE.md), repeated to ``batch`` images."""
+    """Ground truth of real photographs (COCO 2017, see opinfo/data/SOURCE.md), repeated to ``batch`` images."""
     images = _coco()["images"]
     chosen = [images[i % len(images)] for i in range(batch)]
     boxes = [torch.tensor(image["boxes"], dtype=torch.float32).reshape(-1, 4) for image in chosen]

@@ -1,13 +1,13 @@
 """nms, batched_nms, nms_padded."""
 
 import dataclasses
-import functools
 import math
 
 import torch
 
-from benchmarks.cases.inputs import detector_candidates, distinct_scores, random_boxes
-from benchmarks.cases.spec import EXACT, Case, ErrorCase, Inputs, MissingPeerError, Op
+from opinfo.compare import nms as compare
+from opinfo.inputs import detector_candidates, distinct_scores, random_boxes
+from opinfo.spec import EXACT, Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
@@ -130,107 +130,6 @@ def _far_ids(g):
     return {**inputs, "idxs": ids[torch.randint(8, (200,), generator=g)]}
 
 
-def _agrees(inputs, result, expected):
-    """Equal to the float64 reference, or to the reference in the dtype the op computes in.
-
-    Whether a box is suppressed can hang on the rounding of one IoU next to the threshold, and all that
-    follows on that box. So the reference decides in the op's own arithmetic where the two differ.
-    """
-    if result.dtype != torch.int64:
-        return f"got {result.dtype}, expected int64"
-    result, expected = result.cpu(), expected.cpu()
-    if torch.equal(result, expected):
-        return None
-    same = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    if same["boxes"].dtype != torch.float64:
-        same = {k: v.float() if k in ("boxes", "scores") else v for k, v in same.items()}
-        expected = (reference.batched_nms if same.get("idxs") is not None else reference.nms)(**same)
-    if torch.equal(result, expected):
-        return None
-    return f"kept {result.tolist()[:10]}... ({len(result)}), expected {expected.tolist()[:10]}... ({len(expected)})"
-
-
-def _padded_agrees(inputs, result, expected):
-    (keep, count), (want, want_count) = result, expected
-    if len(keep) != len(inputs["boxes"]) or count.shape != () or count.dtype != torch.int64:
-        return f"keep {list(keep.shape)}, count {list(count.shape)} {count.dtype}"
-    if bool((keep[int(count) :] != -1).any()):
-        return "padding is not -1"
-    return _agrees(inputs, keep[: int(count)], want[: int(want_count)])
-
-
-def _torchvision(inputs: Inputs):
-    try:
-        from torchvision.ops import batched_nms, nms
-    except ImportError as e:
-        raise MissingPeerError(f"torchvision: {e}") from e
-    if "idxs" in inputs:
-        return lambda: batched_nms(inputs["boxes"], inputs["scores"], inputs["idxs"], inputs["iou_threshold"])
-    return lambda: nms(inputs["boxes"], inputs["scores"], inputs["iou_threshold"])
-
-
-def _torchvision_padded(inputs: Inputs):
-    """Its indices in the form of nms_padded."""
-    call, size = _torchvision(inputs), len(inputs["boxes"])
-
-    def padded():
-        kept = call()
-        return torch.nn.functional.pad(kept, (0, size - len(kept)), value=-1), kept.new_tensor(len(kept))
-
-    return padded
-
-
-@functools.cache
-def _onnx_session(threads: int):
-    try:
-        import onnxruntime
-        from onnx import TensorProto, helper
-    except ImportError as e:
-        raise MissingPeerError(f"ONNX Runtime: {e}") from e
-    inputs = [
-        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, None, 4]),
-        helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, None, None]),
-        helper.make_tensor_value_info("threshold", TensorProto.FLOAT, [1]),
-    ]
-    constants = [
-        helper.make_tensor("most", TensorProto.INT64, [1], [2**31 - 1]),
-        helper.make_tensor("least", TensorProto.FLOAT, [1], [-3e38]),
-    ]
-    node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "most", "threshold", "least"], ["kept"])
-    output = helper.make_tensor_value_info("kept", TensorProto.INT64, [None, 3])
-    graph = helper.make_graph([node], "nms", inputs, [output], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else it disturbs the next contender
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _onnx_runtime(inputs: Inputs):
-    """NonMaxSuppression; classes are rows of a [1, C, N] score matrix, -inf where a box is of another class."""
-    if inputs["boxes"].is_cuda or not inputs["iou_threshold"] > 0:
-        raise MissingPeerError("ONNX Runtime: CPU only; threshold 0 is not allowed")
-    session = _onnx_session(torch.get_num_threads())
-    boxes, scores = inputs["boxes"].numpy()[None], inputs["scores"]
-    if "idxs" in inputs:
-        idxs = inputs["idxs"]
-        if int(idxs.min()) < 0 or int(idxs.max()) > 1000:
-            raise MissingPeerError("ONNX Runtime: class ids must be small, they are rows of a matrix")
-        table = scores.new_full((int(idxs.max()) + 1, len(scores)), -math.inf)
-        table[idxs, torch.arange(len(scores))] = scores
-    else:
-        table = scores[None]
-    feed = {"boxes": boxes, "scores": table[None].numpy(), "threshold": [inputs["iou_threshold"]]}
-
-    def call():
-        kept = torch.from_numpy(session.run(None, feed)[0])[:, 2]
-        # Row by row in ONNX's order; ours is by falling score over all classes.
-        return kept[scores[kept].argsort(descending=True, stable=True)] if "idxs" in inputs else kept
-
-    return call
-
-
 def _call(**changes):
     base = {"boxes": torch.rand(3, 4), "scores": torch.rand(3), "iou_threshold": 0.5}
     return lambda: {**base, **changes}
@@ -256,22 +155,20 @@ _ID_ERRORS = [
     ErrorCase("float idxs", _call(idxs=torch.zeros(3)), r"idxs must be int64, got float32"),
     ErrorCase("int32 idxs", _call(idxs=torch.zeros(3).int()), r"idxs must be int64, got int32"),
 ]
-_PEERS = {"torchvision": _torchvision, "ONNX Runtime": _onnx_runtime}
 
-NMS = Op(
+NMS = OpInfo(
     name="nms",
     op=ops.nms,
     reference=reference.nms,
     schema="nms",
     cases=[*_SMALL, _candidates(3100, dtypes=EXACT), *_LARGE],  # 3100: enough to be split into cells
     errors=_ERRORS,
-    peers=_PEERS,
-    agrees=_agrees,
+    agrees=compare.agrees,
     capturable=False,
     full_size=_candidates(8732).make,
 )
 
-BATCHED_NMS = Op(
+BATCHED_NMS = OpInfo(
     name="batched_nms",
     op=ops.batched_nms,
     reference=reference.batched_nms,
@@ -283,13 +180,12 @@ BATCHED_NMS = Op(
         *(_in_classes(case, 80) for case in _LARGE if case.name not in ("random N=100", "random N=5000")),
     ],
     errors=[*map(_with_ids, _ERRORS), *_ID_ERRORS],
-    peers=_PEERS,
-    agrees=_agrees,
+    agrees=compare.agrees,
     capturable=False,
     full_size=_in_classes(_candidates(8732), 2).make,
 )
 
-NMS_PADDED = Op(
+NMS_PADDED = OpInfo(
     name="nms_padded",
     op=ops.nms_padded,
     reference=reference.nms_padded,
@@ -302,8 +198,7 @@ NMS_PADDED = Op(
         _in_classes(_random(20000, benchmark=True, dtypes=EXACT), 80),
     ],
     errors=[*_ERRORS, *_ID_ERRORS],
-    peers={"torchvision": _torchvision_padded},
-    agrees=_padded_agrees,
+    agrees=compare.padded_agrees,
     full_size=_candidates(8732).make,
 )
 

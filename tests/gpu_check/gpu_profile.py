@@ -1,6 +1,6 @@
 """Where an op's time goes on a GPU: its kernels, the gaps between them, the host.
 
-    python benchmarks/gpu_profile.py [--device cpu] [--seconds 55] [--cases TEXT] [--json FILE]
+    python tests/gpu_check/gpu_profile.py [--device cpu] [--seconds 55] [--cases TEXT] [--json FILE]
 
 Prints the rates at which the device copies and fills memory, then for each case the median time of every kernel and of
 a CUDA graph's replay, both with an L2 that holds nothing of its data, and of the host, all in microseconds; of the
@@ -28,15 +28,15 @@ from time import perf_counter
 from typing import Any
 
 if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])  # tests, the repository
 
 import torch
 
-from benchmarks.cases import OPS
-from benchmarks.cases.spec import Case, Inputs, Op, convert
-from benchmarks.ncu import short
 from benchmarks.record import write_json
 from benchmarks.timing import CudaClock, eviction, memory_rate, replay
+from gpu_check.ncu import short
+from opinfo import OPS
+from opinfo.spec import Case, Inputs, OpInfo, convert
 from ssd_ext import ops
 
 CASES = (  # the most wanted first
@@ -65,7 +65,7 @@ PADDED = {"nms": ops.nms_padded, "batched_nms": ops.nms_padded}
 CALLS = 10  # profiled
 
 
-def find(op_name: str, case_name: str) -> tuple[Op, Case]:
+def find(op_name: str, case_name: str) -> tuple[OpInfo, Case]:
     op = next(op for op in OPS if op.name == op_name)
     return op, next(case for case in op.cases if case.name == case_name and not case.backward)
 

@@ -1,4 +1,4 @@
-// One fault for each tool of compute-sanitizer. benchmarks/kernel_calls.py plants them after its calls, in the
+// One fault for each tool of compute-sanitizer. kernel_calls.py plants them after its calls, in the
 // same process and under the same options, so that the tool's silence about the ops means something.
 #include <cuda_runtime.h>
 

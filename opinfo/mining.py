@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from benchmarks.cases.spec import Case, ErrorCase, Inputs, Op
+from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
@@ -87,42 +87,7 @@ def _call(loss=None, labels=None, **arguments):
     return lambda: {"loss": loss, "labels": labels, **arguments}
 
 
-def _arguments(loss, labels, ratio=3.0, min_negatives=0):
-    return loss, labels, ratio, min_negatives
-
-
-def _wanted(labels, ratio, min_negatives):
-    """``[B, 1]`` number of negatives to mark."""
-    wanted = ((labels > 0).sum(1, keepdim=True).double() * ratio).floor().clamp(min=min_negatives)
-    return torch.minimum(wanted, (labels == 0).sum(1, keepdim=True)).long()
-
-
-def _torch_topk(inputs: Inputs):
-    """What one writes with care: one batched top-k of as many as the greediest image wants."""
-    loss, labels, ratio, min_negatives = _arguments(**inputs)
-
-    def call():
-        wanted = _wanted(labels, ratio, min_negatives)
-        most = int(wanted.max())
-        index = loss.masked_fill(labels != 0, -math.inf).topk(most, dim=1).indices
-        rank = torch.arange(most, device=loss.device)
-        return torch.zeros_like(labels, dtype=torch.bool).scatter_(1, index, rank < wanted)
-
-    return call
-
-
-def _double_sort(inputs: Inputs):
-    """The way of torchvision's SSD and most others: sort, sort the order, compare the ranks."""
-    loss, labels, ratio, min_negatives = _arguments(**inputs)
-
-    def call():
-        order = loss.masked_fill(labels != 0, -math.inf).sort(1, descending=True).indices
-        return order.sort(1).indices < _wanted(labels, ratio, min_negatives)
-
-    return call
-
-
-HARD_NEGATIVES = Op(
+HARD_NEGATIVES = OpInfo(
     name="hard_negatives",
     op=ops.hard_negatives,
     reference=reference.hard_negatives,
@@ -172,7 +137,6 @@ HARD_NEGATIVES = Op(
         ErrorCase("infinite ratio", _call(ratio=math.inf), r"ratio must be a finite number >= 0, got inf"),
         ErrorCase("negative count", _call(min_negatives=-1), r"min_negatives must be >= 0, got -1"),
     ],
-    peers={"torch.topk": _torch_topk, "double sort": _double_sort},
     scaling=lambda batch: _ssd300(batch).make(torch.Generator().manual_seed(batch)),
 )
 

@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from benchmarks.cases.inputs import coco_gts, random_boxes, ssd300_priors, synthetic_gts
-from benchmarks.cases.spec import EXACT, Case, ErrorCase, Inputs, MissingPeerError, Op, close, convert
+from opinfo.compare import matching as compare
+from opinfo.inputs import coco_gts, random_boxes, ssd300_priors, synthetic_gts
+from opinfo.spec import EXACT, Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
@@ -145,75 +146,6 @@ def _with_labels(case):
     return dataclasses.replace(case, make=make)
 
 
-def _own_arithmetic(inputs):
-    """The inputs as the op computes with them: halves widened to float32."""
-    return convert(inputs, torch.float64 if inputs["priors"].dtype == torch.float64 else torch.float32, "cpu")
-
-
-def _matches_agree(inputs, result, expected):
-    """Equal to the float64 reference, or to the reference in the arithmetic that the op computes in.
-
-    Priors lie on a grid, so two of them often have the same IoU with a ground truth but for rounding: which
-    is the higher then depends on the precision. The reference follows the op's formula in every precision.
-    """
-    if result.dtype != torch.int64 or result.shape != expected.shape:
-        return f"got {result.dtype} {list(result.shape)}, expected int64 {list(expected.shape)}"
-    wrong = int((result.cpu() != expected.cpu()).sum())
-    if wrong and not torch.equal(result.cpu(), reference.match(**_own_arithmetic(inputs))):
-        return f"{wrong} of {expected.numel()} matches differ"
-    return None
-
-
-def _targets_agree(inputs, result, expected):
-    """As ``_matches_agree``; then the deltas of those matches, within the tolerance of their dtype."""
-    tolerance = {torch.float32: 5e-5, torch.float64: 1e-11, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-    wrong = close(result, expected, tolerance)
-    if wrong and close(result, reference.assign_targets(**_own_arithmetic(inputs)), tolerance):
-        return wrong
-    return None
-
-
-def _torchvision_match(inputs: Inputs):
-    """SSDMatcher, image by image, as SSD.forward calls it."""
-    try:
-        from torchvision.models.detection._utils import SSDMatcher
-        from torchvision.ops import box_convert, box_iou
-    except ImportError as e:
-        raise MissingPeerError(f"torchvision: {e}") from e
-    if inputs.get("force") != "last" or inputs.get("low_threshold") or isinstance(inputs["gt_boxes"], tuple):
-        raise MissingPeerError("torchvision: SSDMatcher has force='last' and one threshold only")
-    priors, matcher = box_convert(inputs["priors"], "cxcywh", "xyxy"), SSDMatcher(inputs.get("iou_threshold", 0.5))
-    background = torch.full((len(priors),), -1, device=priors.device)
-
-    def of_image(boxes):
-        return matcher(box_iou(boxes, priors)) if boxes.numel() else background
-
-    return lambda: torch.stack([of_image(boxes) for boxes in inputs["gt_boxes"]])
-
-
-def _torchvision_targets(inputs: Inputs):
-    """SSDMatcher, then gather and BoxCoder.encode an image, as SSD.compute_loss does."""
-    match = _torchvision_match(inputs)
-    from torchvision.models.detection._utils import BoxCoder
-    from torchvision.ops import box_convert
-
-    coder, priors = BoxCoder((10.0, 10.0, 5.0, 5.0)), box_convert(inputs["priors"], "cxcywh", "xyxy")
-
-    def call():
-        all_labels, all_deltas = [], []
-        for matched, boxes, labels in zip(match(), inputs["gt_boxes"], inputs["gt_labels"], strict=True):
-            positive = matched >= 0
-            target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
-            target[positive] = labels[matched[positive]]
-            deltas = priors.new_zeros(len(priors), 4)
-            deltas[positive] = coder.encode_single(boxes[matched[positive]], priors[positive])
-            all_labels.append(target)
-            all_deltas.append(deltas)
-        return torch.stack(all_labels), torch.stack(all_deltas)
-
-    return call
-
-
 def _call(**changes):
     base = {
         "gt_boxes": [torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.2, 0.2, 0.6, 0.7]])],
@@ -253,7 +185,7 @@ _INVALID = [
     ]
 ]
 
-MATCH = Op(
+MATCH = OpInfo(
     name="match",
     op=ops.match,
     reference=reference.match,
@@ -269,8 +201,7 @@ MATCH = Op(
         ),
     ],
     errors=[*_ERRORS, *_INVALID],
-    peers={"torchvision": _torchvision_match},
-    agrees=_matches_agree,
+    agrees=compare.matches_agree,
     full_size=lambda g: _drop_labels(_ssd300(2, "coco")(g)),
 )
 
@@ -297,7 +228,7 @@ def _label_call(**changes):
     return _call(**{"gt_labels": [ones, ones], **changes})
 
 
-ASSIGN_TARGETS = Op(
+ASSIGN_TARGETS = OpInfo(
     name="assign_targets",
     op=ops.assign_targets,
     reference=reference.assign_targets,
@@ -334,8 +265,7 @@ ASSIGN_TARGETS = Op(
         ),
         ErrorCase("variance", _label_call(variances=(0.1, -0.2)), r"positive and finite, got \(0.1, -0.2\)"),
     ],
-    peers={"torchvision": _torchvision_targets},
-    agrees=_targets_agree,
+    agrees=compare.targets_agree,
     scaling=lambda batch: _ssd300(batch, "synthetic")(torch.Generator().manual_seed(batch)),
 )
 

@@ -1,13 +1,10 @@
 """multibox_loss."""
 
 import math
-from types import SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 
-from benchmarks.cases.inputs import ssd300_priors
-from benchmarks.cases.spec import Case, ErrorCase, Inputs, MissingPeerError, Op
+from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
@@ -166,67 +163,7 @@ def _label(value):
     return labels
 
 
-def _plain(inputs: Inputs):
-    """The four tensors, for peers that do no more than the default."""
-    inputs = dict(inputs)
-    tensors = [inputs.pop(name) for name in ("deltas", "logits", "target_deltas", "labels")]
-    if inputs:
-        raise MissingPeerError(f"has no {', '.join(inputs)}")
-    return tensors
-
-
-def _torchvision(inputs: Inputs):
-    """torchvision's SSD.compute_loss, its matches and boxes made from labels and targets."""
-    try:
-        from torchvision.models.detection.ssd import SSD
-    except ImportError as e:
-        raise MissingPeerError(f"torchvision: {e}") from e
-    deltas, logits, target_deltas, labels = _plain(inputs)
-    priors = ssd300_priors()[: logits.shape[1]].to(deltas.device)
-    if len(priors) < logits.shape[1]:
-        raise MissingPeerError("this case has more priors than SSD300")
-    boxes = ops.decode(target_deltas, priors, clip=math.inf)
-    anchors = torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], 1)
-    matches = torch.full_like(labels, -1)
-    targets = []
-    for b, image in enumerate(labels):
-        (positive,) = (image > 0).nonzero(as_tuple=True)
-        matches[b, positive] = torch.arange(len(positive), device=labels.device)
-        targets.append({"boxes": boxes[b, positive], "labels": image[positive]})
-    from torchvision.models.detection._utils import BoxCoder
-
-    model = SimpleNamespace(box_coder=BoxCoder((10.0, 10.0, 5.0, 5.0)), neg_to_pos_ratio=3)
-    heads = {"bbox_regression": deltas, "cls_logits": logits.contiguous()}  # it takes no other layout
-
-    def call():
-        losses = SSD.compute_loss(model, targets, heads, [anchors] * len(targets), matches)
-        return losses["bbox_regression"], losses["classification"]
-
-    return call
-
-
-def _tuned_loss(deltas, logits, target_deltas, labels):
-    """What one writes with care: no loop over images, one cross-entropy, a batched top-k, no synchronisation."""
-    positive = labels > 0
-    counts = positive.sum(1, keepdim=True)
-    total = counts.sum().clamp(min=1)
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    candidates = losses.detach().masked_fill(positive, -math.inf)
-    most = min(labels.shape[1], 1 + int(0.15 * labels.shape[1])) if labels.shape[1] > 1000 else labels.shape[1]
-    index = candidates.topk(most, dim=1).indices
-    wanted = torch.arange(most, device=labels.device) < torch.minimum(3 * counts, labels.shape[1] - counts)
-    selected = positive.scatter(1, index, wanted | positive.gather(1, index))
-    conf = (losses * selected).sum() / total
-    loc = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(-1)
-    return (loc * positive).sum() / total, conf
-
-
-def _tuned(inputs: Inputs):
-    tensors = _plain(inputs)
-    return lambda: _tuned_loss(*tensors)
-
-
-MULTIBOX_LOSS = Op(
+MULTIBOX_LOSS = OpInfo(
     name="multibox_loss",
     op=ops.multibox_loss,
     reference=reference.multibox_loss,
@@ -303,8 +240,6 @@ MULTIBOX_LOSS = Op(
         ErrorCase("negative beta", _call(beta=-1.0), r"beta must be a finite number >= 0, got -1"),
         ErrorCase("unknown normalize", _call(normalize="sum"), r"normalize must be 'batch' or 'image', got 'sum'"),
     ],
-    peers={"torchvision": _torchvision, "tuned": _tuned},
-    compiled_peers={"tuned, torch.compile": _tuned_loss},
     differentiable=("deltas", "logits"),
     twice_differentiable=False,
     scaling=lambda batch: _detector("", batch).make(torch.Generator().manual_seed(batch)),

@@ -1,66 +1,14 @@
 """soft_nms, soft_nms_padded."""
 
 import functools
-import inspect
 import math
 
 import torch
-from torch import Tensor
 
-from benchmarks.cases.inputs import detector_candidates, random_boxes
-from benchmarks.cases.spec import HALVES, Case, ErrorCase, Inputs, Op, close
+from opinfo.compare import soft_nms as compare
+from opinfo.inputs import detector_candidates, random_boxes
+from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
-from ssd_ext.reference.soft_nms import decay
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-def _replay(inputs: Inputs, keep: Tensor, margin: float) -> Tensor | str:
-    """Take the boxes in the order of ``keep`` in float64: their scores, or what is wrong with that order.
-
-    Where two scores are within ``margin``, rounding may order them either way; scores that are equal
-    in float64 must still go by index. (The cases keep IoUs clear of iou_threshold, where the linear
-    rule jumps.)
-    """
-    arguments = inspect.signature(ops.soft_nms).bind(**inputs)
-    arguments.apply_defaults()
-    boxes, scores, iou_threshold, sigma, score_threshold, method = arguments.arguments.values()
-    boxes, current = boxes.cpu().double(), scores.cpu().double().nan_to_num(-math.inf, math.inf, -math.inf)
-    taken = []
-    for step, j in enumerate(keep.tolist()):
-        best = current.max()
-        gap = best - current[j]
-        if j != int((current == best).nonzero()[0]) and not 0 < gap <= margin:
-            return f"step {step} takes box {j}, whose score is {gap:.3g} below the best"
-        if current[j] <= score_threshold - margin:
-            return f"step {step} takes box {j} of score {current[j]:.3g}, not over the threshold"
-        taken.append(current[j].clone())
-        current = current * decay(reference.box_iou(boxes[j : j + 1], boxes)[0], iou_threshold, sigma, method)
-        current = current.nan_to_num(-math.inf, math.inf, -math.inf)
-        current[j] = -math.inf
-    if len(current) and current.max() > score_threshold + margin:
-        return f"box {int(current.argmax())} of score {current.max():.3g} is not taken"
-    return torch.stack(taken) if taken else current[:0]
-
-
-def _agrees(inputs: Inputs, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
-    """The same boxes in the same order but for near-ties (see ``_replay``), and scores within tolerance."""
-    keep, scores, *counts = result
-    if counts:
-        (count,) = counts
-        if keep.shape != expected[0].shape or scores.shape != expected[1].shape or count.shape != ():
-            return f"outputs have shapes {[list(t.shape) for t in result]}"
-        if (keep[count:] != -1).any() or (scores[count:] != 0).any():
-            return "padding is not -1 and 0"
-        keep, scores, expected = keep[:count], scores[:count], [t[: expected[2]] for t in expected[:2]]
-    if keep.dtype != torch.int64 or len(keep) != len(scores):
-        return f"{len(keep)} {keep.dtype} indices of {len(scores)} scores"
-    expected_scores = expected[1]
-    if not torch.equal(keep.cpu(), expected[0].cpu()):
-        expected_scores = _replay(inputs, keep, TOLERANCE[torch.float32 if scores.dtype in HALVES else scores.dtype])
-        if isinstance(expected_scores, str):
-            return expected_scores
-    return close(scores, expected_scores, TOLERANCE)
 
 
 def _random(n, g):
@@ -186,28 +134,26 @@ def _full_size(g):
     return {"boxes": boxes, "scores": scores, "score_threshold": 0.9}
 
 
-SOFT_NMS = Op(
+SOFT_NMS = OpInfo(
     name="soft_nms",
     op=ops.soft_nms,
     reference=reference.soft_nms,
     schema="soft_nms",
     cases=CASES,
     errors=ERRORS,
-    tolerance=TOLERANCE,
-    agrees=_agrees,
+    agrees=compare.agrees,
     capturable=False,
     full_size=_full_size,
 )
 
-SOFT_NMS_PADDED = Op(
+SOFT_NMS_PADDED = OpInfo(
     name="soft_nms_padded",
     op=ops.soft_nms_padded,
     reference=reference.soft_nms_padded,
     schema="soft_nms_padded",
     cases=CASES,
     errors=ERRORS,
-    tolerance=TOLERANCE,
-    agrees=_agrees,
+    agrees=compare.agrees,
     full_size=_full_size,
 )
 

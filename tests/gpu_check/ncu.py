@@ -1,4 +1,4 @@
-"""How gpu_check.py runs Nsight Compute, and reads what it says of each kernel."""
+"""How check.py runs Nsight Compute, and reads what it says of each kernel."""
 
 from __future__ import annotations
 

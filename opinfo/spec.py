@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,13 +15,11 @@ from torch import Tensor
 HALVES = (torch.float16, torch.bfloat16)
 EXACT = (torch.float32, torch.float64)  # hold what cases make; rounded to halves, numbers may tie by chance
 FLOATS = (*EXACT, *HALVES)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+FULL_SIZE = 8732  # elements of a tensor at the least: the priors of SSD300, many blocks of every kernel
 
 Inputs = dict[str, Any]  # keyword arguments of the op
 Call = Callable[[], Any]  # a contender with its inputs bound
-
-
-class MissingPeerError(Exception):
-    """A peer that this machine or this input does not have; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
     make: Callable[[torch.Generator], Inputs]
     benchmark: bool = False  # large, timed by benchmarks/run.py (and a slow test)
     quick: bool = False  # of those, part of `run.py --quick`
-    dtypes: tuple[torch.dtype, ...] = FLOATS  # dtypes in which the input makes sense
+    dtypes: tuple[torch.dtype, ...] = FLOATS  # those in which the input makes sense
     backward: bool = False  # the benchmark times the gradients of the outputs' sum with it
     smooth: bool = True  # False: at a kink or a jump of the op, where finite differences mean nothing
     peers: bool = True  # False: peers crash on it or give another answer (empty, NaN, a rule of ours)
@@ -46,24 +47,18 @@ class ErrorCase:
 
 
 @dataclass(frozen=True)
-class Op:
+class OpInfo:
     """Everything that the tests and the benchmark know of one op."""
 
     name: str
     op: Callable  # ssd_ext.ops.<name>
     reference: Callable  # ssd_ext.reference.<name>
-    schema: str  # name of the torch.ops.ssd_ext op beneath
+    schema: str  # name of the one torch.ops.ssd_ext op that it calls
     cases: list[Case]
     errors: list[ErrorCase]
-    # Peers: name -> f(inputs) -> a call that gives what op gives (in the same form), or MissingPeerError.
-    peers: dict[str, Callable[[Inputs], Call]] = field(default_factory=dict)
-    # Functions of op's arguments that torch.compile makes peers of; `run.py --no-compile` leaves them out.
-    compiled_peers: dict[str, Callable] = field(default_factory=dict)
     # Largest |result - reference| of a floating output, relative to max(1, |reference|). Outputs that
     # are indices or masks are compared by `agrees`.
-    tolerance: dict[torch.dtype, float] = field(
-        default_factory=lambda: {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-    )
+    tolerance: dict[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
     # agrees(inputs, result, reference in float64) -> None or what is wrong; default: `close`.
     agrees: Callable[[Inputs, Any, Any], str | None] | None = None
     differentiable: tuple[str, ...] = ()  # arguments with a gradient
@@ -72,6 +67,21 @@ class Op:
     scaling: Callable[[int], Inputs] | None = None  # inputs for a batch of that size: `run.py --scaling`
     # An input as large as real ones that an emulated GPU can still bear, two images of SSD300; default: scaling(2).
     full_size: Callable[[torch.Generator], Inputs] | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := next(self._wrong(), None):
+            raise ValueError(f"the description of {self.name}: {wrong}")
+
+    def _wrong(self) -> Iterable[str]:
+        if self.full_size is None and self.scaling is None:
+            yield "needs full_size or scaling, which make an input as large as a detector's"
+        if not hasattr(torch.ops.ssd_ext, self.schema):
+            yield f"schema is the name of a torch.ops.ssd_ext op, and {self.schema!r} is none"
+        for kind, named in (("cases", self.cases), ("errors", self.errors)):
+            if twice := [name for name, n in Counter(case.name for case in named).items() if n > 1]:
+                yield f"two {kind} are named {twice[0]!r}"
+        if unknown := set(self.differentiable) - set(inspect.signature(self.reference).parameters):
+            yield f"differentiable names {', '.join(sorted(unknown))}, which the op does not have"
 
     def with_leaves(self, inputs: Inputs) -> Inputs:
         """The same arguments; those with a gradient require it."""
@@ -90,9 +100,26 @@ class Op:
         return both
 
     @property
+    def small_case(self) -> Case:
+        """The first that is small and has float32 among its dtypes: for tests that need one case alone."""
+        for case in self.cases:
+            if not case.benchmark and torch.float32 in case.dtypes:
+                return case
+        raise ValueError(f"the description of {self.name}: needs a small case in float32")
+
+    @property
     def full_size_case(self) -> Case:
         """One as large as a detector's, of two images or so: an emulated GPU can bear it."""
-        return Case("full size", self.full_size or (lambda g: self.scaling(2)), dtypes=(torch.float32,))
+
+        def make(g: torch.Generator) -> Inputs:
+            inputs = self.full_size(g) if self.full_size else self.scaling(2)
+            largest = max(t.numel() for t in tensors_in(inputs))
+            if largest < FULL_SIZE:
+                source = "full_size" if self.full_size else "scaling(2)"
+                raise ValueError(f"{source} of {self.name} must make a tensor of {FULL_SIZE} elements, got {largest}")
+            return inputs
+
+        return Case("full size", make, dtypes=(torch.float32,))
 
     def traffic(self, inputs: Inputs, result: Any) -> int:
         """Bytes that must be read and written at the least: inputs and outputs once."""
@@ -102,6 +129,13 @@ class Op:
         """None where ``result`` agrees with the float64 reference's, else what differs."""
         check = self.agrees or (lambda i, r, e: close(r, e, self.tolerance))
         return check(inputs, result, expected)
+
+
+def arguments(op: Callable, inputs: Inputs) -> SimpleNamespace:
+    """Every argument of ``op``: those given, the others at their defaults."""
+    bound = inspect.signature(op).bind(**inputs)
+    bound.apply_defaults()
+    return SimpleNamespace(**bound.arguments)
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:

@@ -1,4 +1,4 @@
-"""Makes coco_boxes.json: ``python benchmarks/data/from_coco.py instances.json > benchmarks/data/coco_boxes.json``."""
+"""Makes coco_boxes.json: ``python opinfo/data/from_coco.py instances.json > opinfo/data/coco_boxes.json``."""
 
 import json
 import sys

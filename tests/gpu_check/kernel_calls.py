@@ -23,27 +23,27 @@ from time import perf_counter
 from typing import Any
 
 if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])  # tests, the repository
 
 import torch
 
 from benchmarks.base import difference
-from benchmarks.cases import OPS
-from benchmarks.cases.spec import EXACT, Case, Inputs, Op, convert, tensors_in
+from opinfo import OPS
+from opinfo.spec import EXACT, Case, Inputs, OpInfo, convert, tensors_in
 
 SEED = 20
 HANGS = 10  # seconds without an answer of an op that takes one at most
 LARGE = ("multibox_loss", "detect")  # whose case of a detector's size is called, not compared alone
 
 
-def outputs(op: Op, inputs: Inputs, device: str) -> Any:
+def outputs(op: OpInfo, inputs: Inputs, device: str) -> Any:
     """What the op gives on ``device``, and its gradients, on the CPU."""
     inputs = op.with_leaves(convert(inputs, device=device))
     call = partial(op.op, **inputs)
     return convert((op.with_gradients(call, inputs) if op.differentiable else call)(), device="cpu")
 
 
-def calls() -> Iterator[tuple[Op, Case, torch.dtype]]:
+def calls() -> Iterator[tuple[OpInfo, Case, torch.dtype]]:
     """All that there are; the most wanted first, should time run out."""
     for dtype in EXACT:
         for op in OPS:
@@ -87,7 +87,7 @@ def call_all(device: str, seconds: float) -> tuple[int, int, int]:
     return done, len(every), failed
 
 
-def compare(op: Op, device: str) -> str:
+def compare(op: OpInfo, device: str) -> str:
     """``OK``, or what is wrong."""
     for case in (op.cases[0], op.full_size_case):
         made = case.make(torch.Generator().manual_seed(SEED))
