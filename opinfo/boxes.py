@@ -105,9 +105,8 @@ DECODE = OpInfo(
 )
 
 
-def _pairs(n, m, **kwargs):
-    make = lambda g: {"boxes_a": random_boxes(n, g), "boxes_b": random_boxes(m, g)}  # noqa: E731
-    return Case(f"N={n} M={m}", make, **kwargs)
+def _pairs(n, m):
+    return lambda g: {"boxes_a": random_boxes(n, g), "boxes_b": random_boxes(m, g)}
 
 
 def _hostile_boxes(g):
@@ -132,21 +131,21 @@ BOX_IOU = OpInfo(
     reference=reference.box_iou,
     schema="box_iou",
     cases=[
-        _pairs(5, 7),
-        _pairs(1, 1),
-        _pairs(0, 5),
-        _pairs(5, 0),
-        _pairs(33, 257),
+        Case("N=5 M=7", _pairs(5, 7)),
+        Case("N=1 M=1", _pairs(1, 1)),
+        Case("N=0 M=5", _pairs(0, 5)),
+        Case("N=5 M=0", _pairs(5, 0)),
+        Case("N=33 M=257", _pairs(33, 257)),
         Case("hostile", _hostile_boxes, dtypes=(torch.float32,), peers=False),
-        _pairs(100, 8732, benchmark=True, quick=True),
-        _pairs(1000, 1000, benchmark=True),
+        Case("N=100 M=8732", _pairs(100, 8732), benchmark=True, quick=True),
+        Case("N=1000 M=1000", _pairs(1000, 1000), benchmark=True),
     ],
     errors=[
         ErrorCase("not boxes", _iou_of(torch.rand(3, 5), torch.rand(3, 4)), r"\[N, 4\], got \[3, 5\]"),
         ErrorCase("one box", _iou_of(torch.rand(3, 4), torch.rand(4)), r"\[M, 4\], got \[4\]"),
         ErrorCase("dtypes mixed", _iou_of(torch.rand(3, 4), torch.rand(3, 4).half()), r"got float16"),
     ],
-    full_size=_pairs(8732, 2).make,
+    full_size=_pairs(8732, 2),
 )
 
 OPS = [ENCODE, DECODE, BOX_IOU]

@@ -140,7 +140,6 @@ def _detector(name, batch, n=8732, classes=81, backward=False, quick=False, **kw
     def make(g):
         return _images(batch, n, classes, g, positives=_share(batch, g), **kwargs)
 
-    name += ", backward too" if backward else ""
     return Case(name, make, benchmark=True, quick=quick, backward=backward)
 
 
@@ -215,10 +214,10 @@ MULTIBOX_LOSS = OpInfo(
         _detector("SSD300 B=1", 1),
         _detector("SSD300 B=8", 8, quick=True),
         _detector("SSD300 B=32", 32),
-        _detector("SSD300 B=8", 8, backward=True, quick=True),
-        _detector("SSD300 B=32", 32, backward=True),
+        _detector("SSD300 B=8, backward too", 8, backward=True, quick=True),
+        _detector("SSD300 B=32, backward too", 32, backward=True),
         _detector("SSD300 B=32 C=21", 32, classes=21),
-        _detector("SSD300 B=32 C=21", 32, classes=21, backward=True),
+        _detector("SSD300 B=32 C=21, backward too", 32, classes=21, backward=True),
         _detector("SSD512 B=8", 8, n=24564),
         _detector("SSD300 B=8, untrained", 8, background=0.0),
     ],

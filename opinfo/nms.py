@@ -99,14 +99,10 @@ _SMALL = [
     Case("denormal areas", _denormal_areas, dtypes=(torch.float32,), peers=False),
     Case("negative coordinates", _negative, dtypes=EXACT),
 ]
-_LARGE = [
-    _random(100, benchmark=True, dtypes=EXACT),
-    _random(1000, benchmark=True, quick=True, dtypes=EXACT),
-    _random(5000, benchmark=True, dtypes=EXACT),
-    _random(20000, benchmark=True, dtypes=EXACT),
-    _candidates(1000, benchmark=True, dtypes=EXACT),
-    _candidates(20000, benchmark=True, dtypes=EXACT),
-]
+
+
+def _large(name, case, quick=False):
+    return dataclasses.replace(case, name=name, benchmark=True, quick=quick, dtypes=EXACT)
 
 
 def _in_classes(case, classes):
@@ -161,7 +157,16 @@ NMS = OpInfo(
     op=ops.nms,
     reference=reference.nms,
     schema="nms",
-    cases=[*_SMALL, _candidates(3100, dtypes=EXACT), *_LARGE],  # 3100: enough to be split into cells
+    cases=[
+        *_SMALL,
+        _candidates(3100, dtypes=EXACT),  # enough to be split into cells
+        _large("random N=100", _random(100)),
+        _large("random N=1000", _random(1000), quick=True),
+        _large("random N=5000", _random(5000)),
+        _large("random N=20000", _random(20000)),
+        _large("candidates N=1000", _candidates(1000)),
+        _large("candidates N=20000", _candidates(20000)),
+    ],
     errors=_ERRORS,
     agrees=compare.agrees,
     capturable=False,
@@ -177,7 +182,10 @@ BATCHED_NMS = OpInfo(
         *(_in_classes(case, 3) for case in _SMALL),
         Case("far ids", _far_ids, peers=False),
         _in_classes(_candidates(4200, dtypes=EXACT), 40),  # enough to be grouped by class on the GPU
-        *(_in_classes(case, 80) for case in _LARGE if case.name not in ("random N=100", "random N=5000")),
+        _large("random N=1000, 80 classes", _in_classes(_random(1000), 80), quick=True),
+        _large("random N=20000, 80 classes", _in_classes(_random(20000), 80)),
+        _large("candidates N=1000, 80 classes", _in_classes(_candidates(1000), 80)),
+        _large("candidates N=20000, 80 classes", _in_classes(_candidates(20000), 80)),
     ],
     errors=[*map(_with_ids, _ERRORS), *_ID_ERRORS],
     agrees=compare.agrees,
@@ -194,8 +202,8 @@ NMS_PADDED = OpInfo(
         *_SMALL,
         *(_in_classes(case, 3) for case in _SMALL[:6]),
         Case("far ids", _far_ids, peers=False),
-        _random(1000, benchmark=True, quick=True, dtypes=EXACT),
-        _in_classes(_random(20000, benchmark=True, dtypes=EXACT), 80),
+        _large("random N=1000", _random(1000), quick=True),
+        _large("random N=20000, 80 classes", _in_classes(_random(20000), 80)),
     ],
     errors=[*_ERRORS, *_ID_ERRORS],
     agrees=compare.padded_agrees,

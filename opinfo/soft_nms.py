@@ -68,13 +68,16 @@ def _zeros(g):
     }
 
 
-def _case(name, make, both=True, **extra):
-    arguments = {k: extra.pop(k) for k in ("iou_threshold", "sigma", "score_threshold", "method") if k in extra}
-
+def _case(name, make, methods=("linear", "gaussian"), **arguments):
     def one(method):
-        return Case(f"{name} {method}", lambda g: {**make(g), "method": method, **arguments}, peers=False, **extra)
+        return Case(f"{name} {method}", lambda g: {**make(g), "method": method, **arguments}, peers=False)
 
-    return [one("linear"), one("gaussian")] if both else [one(arguments["method"])]
+    return map(one, methods)
+
+
+def _large(name, n, method, quick=False):
+    make = lambda g: {**_clustered(n, g), "method": method}  # noqa: E731
+    return Case(name, make, benchmark=True, quick=quick, peers=False)
 
 
 def _sized(make, n):
@@ -99,13 +102,16 @@ CASES = [
     *_case("zeros of both signs", _zeros, score_threshold=-1.0),
     *_case("threshold of minus infinity", _hostile, score_threshold=-math.inf),
     *_case("threshold of infinity", _hostile, score_threshold=math.inf),
-    *_case("any overlap decays", _sized(_clustered, 60), iou_threshold=0.0, both=False, method="linear"),
-    *_case("nothing decays", _sized(_clustered, 60), iou_threshold=1.0, both=False, method="linear"),
-    *_case("tiny sigma", _sized(_clustered, 60), sigma=1e-60, both=False, method="gaussian"),
-    *_case("infinite sigma", _sized(_clustered, 60), sigma=math.inf, both=False, method="gaussian"),
-    *_case("clustered N=200", _sized(_clustered, 200), benchmark=True),
-    *_case("clustered N=1000", _sized(_clustered, 1000), benchmark=True, quick=True),
-    *_case("clustered N=5000", _sized(_clustered, 5000), benchmark=True),
+    *_case("any overlap decays", _sized(_clustered, 60), iou_threshold=0.0, methods=["linear"]),
+    *_case("nothing decays", _sized(_clustered, 60), iou_threshold=1.0, methods=["linear"]),
+    *_case("tiny sigma", _sized(_clustered, 60), sigma=1e-60, methods=["gaussian"]),
+    *_case("infinite sigma", _sized(_clustered, 60), sigma=math.inf, methods=["gaussian"]),
+    _large("clustered N=200 linear", 200, "linear"),
+    _large("clustered N=200 gaussian", 200, "gaussian"),
+    _large("clustered N=1000 linear", 1000, "linear", quick=True),
+    _large("clustered N=1000 gaussian", 1000, "gaussian", quick=True),
+    _large("clustered N=5000 linear", 5000, "linear"),
+    _large("clustered N=5000 gaussian", 5000, "gaussian"),
 ]
 
 
