@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,27 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import NullLocator
 
 from benchmarks.measure import COMPILED, OURS, REFERENCE
-from benchmarks.report import conditions_text, faster, milliseconds
+from benchmarks.report import DISTURBED, conditions_text, faster, milliseconds, shown_name
 
-COLORS = {OURS: "#d1495b", REFERENCE: "#8d99ae", COMPILED: "#b8c0cc"}
+COLORS = {OURS: "#d1495b", shown_name(REFERENCE): "#8d99ae", COMPILED: "#b8c0cc"}
 PEER_COLORS = ["#2e5e8c", "#3c8d7d", "#c49a3a", "#7a5c99", "#5b8c3a", "#a8673f"]
 INK = "#22272e"
-COLUMNS, WIDTH, DPI = 2, 11.0, 160  # inches
+COLUMNS, WIDTH, DPI = 2, 9.6, 160  # inches
 BAR, GAP = 0.155, 0.1  # inches: a bar's pitch, and what stands between two cases
 HEAD, FOOT = 0.38, 0.24  # inches of a panel: title above, axis below
+NAMES, LEADING = 1.3, 9.5  # inches left of a panel for the names of the cases; points between their lines
+BANNER, NOTE = 0.8, 0.112  # inches of the figure: what stands above the panels, a line below them
+# In an SVG text is text, so another machine may show it in another font: one as wide comes first.
+FAMILY, FALLBACKS = "DejaVu Sans", "Verdana, sans-serif"
 
 
-def draw(made: dict[str, Any], file: Path) -> None:
-    """``made`` is what ``run.py --json`` writes; the suffix of ``file`` chooses PNG or SVG."""
+def draw(results: list[dict[str, Any]], conditions: list[dict[str, Any]], file: Path) -> None:
+    """``results`` and ``conditions`` as ``run.py --json`` writes them; the suffix of ``file`` chooses PNG or SVG."""
     panels: dict[str, list[dict[str, Any]]] = {}
-    for result in made["results"]:
+    for result in results:
         bars = [row for row in result["contenders"] if "median_ms" in row]
         if bars:
             # ours first, then from the fastest to the slowest
@@ -36,12 +41,14 @@ def draw(made: dict[str, Any], file: Path) -> None:
 
     heights = {op: HEAD + FOOT + sum(len(r["bars"]) * BAR + GAP for r in results) for op, results in panels.items()}
     columns = _balance(heights)
-    banner, notes = 0.8, 0.65
-    height = banner + notes + max((sum(heights[op] for op in column) for column in columns), default=0)
-    with plt.rc_context({"font.size": 8, "font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": INK}):
+    notes = _notes(conditions, panels)
+    height = BANNER + max((sum(heights[op] for op in column) for column in columns), default=0)
+    height += NOTE * len(notes) + 0.2
+    style = {"font.family": FAMILY, "font.size": 8, "text.color": INK, "axes.edgecolor": INK}
+    with plt.rc_context(style | {"svg.fonttype": "none", "svg.hashsalt": OURS}):
         figure = plt.figure(figsize=(WIDTH, height), dpi=DPI)
         for i, column in enumerate(columns):
-            top = height - banner
+            top = height - BANNER
             for op in column:
                 bottom = top - heights[op]
                 area = (
@@ -52,15 +59,30 @@ def draw(made: dict[str, Any], file: Path) -> None:
                 )
                 _panel(figure, area, op, panels[op], colors)
                 top = bottom
-        _texts(figure, height, made["conditions"], colors, panels)
-        figure.savefig(file, facecolor="white")
+        _banner(figure, height, conditions, colors, panels)
+        figure.text(0.02, 0.1 / height, "\n".join(notes), fontsize=7, va="bottom", color="#6b7280")
+        svg = file.suffix == ".svg"
+        figure.savefig(file, facecolor="white", metadata={"Date": None, "Creator": None} if svg else None)
         plt.close(figure)
+    if svg:
+        file.write_text(_compact(file.read_text()))
+
+
+def _compact(svg: str) -> str:
+    """Two thirds of what matplotlib writes: no defaults, names and indents, and the font once for all texts."""
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"|\btext-anchor: start; |(?<=<g) id="\w+"|(?<=\n) +', "", svg)
+    svg = svg.replace(f"font-family: '{FAMILY}'; ", "")
+    return svg.replace('text/css">', f"text/css\">text{{font-family: '{FAMILY}', {FALLBACKS}}}", 1)
 
 
 def _peers(panels: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Names of the peers in order of appearance, so that each keeps its colour in all panels."""
-    names = [row["name"] for results in panels.values() for result in results for row in result["contenders"]]
+    names = [shown_name(row["name"]) for row in _bars(panels)]
     return [name for name in dict.fromkeys(names) if name not in COLORS]
+
+
+def _bars(panels: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for results in panels.values() for result in results for row in result["bars"]]
 
 
 def _balance(heights: dict[str, float]) -> list[list[str]]:
@@ -75,10 +97,11 @@ def _balance(heights: dict[str, float]) -> list[list[str]]:
 
 def _panel(figure, area, op: str, results: list[dict[str, Any]], colors: dict[str, str]) -> None:
     left, bottom, width, height = area
-    names = 0.115 * WIDTH / figure.get_figwidth()  # room for the names of the cases
+    names = NAMES / WIDTH
     axes = figure.add_axes((left + names, bottom, width - names, height))
     times = [row["median_ms"] for result in results for row in result["bars"]]
     low, high = min(times) / 2.5, max(times)
+    axes.patch.set_visible(False)
     axes.set_xscale("log")
     axes.set_xlim(low, high * (high / low) ** 0.42)  # the labels stand right of the bars
     y = 0.0
@@ -87,7 +110,8 @@ def _panel(figure, area, op: str, results: list[dict[str, Any]], colors: dict[st
         ours = next((row for row in result["bars"] if row["name"] == OURS), None)
         for row in result["bars"]:
             mine = row["name"] == OURS
-            axes.barh(y, row["median_ms"] - low, BAR * 0.84, left=low, color=colors[row["name"]], zorder=2)
+            bar = {"left": low, "color": colors[shown_name(row["name"])], "zorder": 2, "clip_on": False}
+            axes.barh(y, row["median_ms"] - low, BAR * 0.84, **bar)
             at_end = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7.5}
             color = colors[OURS] if mine else INK
             label = f"{milliseconds(row)} ms"
@@ -103,56 +127,58 @@ def _panel(figure, area, op: str, results: list[dict[str, Any]], colors: dict[st
                     **at_end | {"xytext": (5, 0)},
                 )
             y += BAR
-        axes.annotate(
-            textwrap.fill(result["case"], 20),
-            (0, (start + y - BAR) / 2),
-            (-6, 0),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
+        lines = textwrap.wrap(result["case"], 20)
+        for i, line in enumerate(lines):  # each a text of its own: in an SVG those of several lines are aligned left
+            axes.annotate(
+                line,
+                (0, (start + y - BAR) / 2),
+                (-6, (len(lines) - 1) * LEADING / 2 - i * LEADING),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+            )
         y += GAP
     axes.set_ylim(y - GAP - BAR / 2 + 0.04, -BAR / 2 - 0.04)
     axes.set_yticks([])
-    axes.xaxis.set_major_locator(LogLocator(10))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ms" if x < 1000 else f"{x / 1000:g} s"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", which="both", labelsize=7, colors="#6b7280", length=2)
-    axes.grid(axis="x", color="#e5e7eb", zorder=0)
+    ticks = [10.0**k for k in range(-6, 7) if low <= 10.0**k <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{x:g} ms" if x < 1000 else f"{x / 1000:g} s" for x in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", which="both", labelsize=7, colors="#6b7280", length=0)
+    axes.grid(axis="x", color="#e5e7eb", zorder=0, clip_on=False)
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.set_title(op, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
 
 
-def _texts(figure, height: float, conditions: dict[str, Any], colors: dict[str, str], panels) -> None:
-    where = conditions["gpu"] or f"{conditions['threads']} CPU thread{'s' * (conditions['threads'] != 1)}"
-    figure.text(
-        0.02, 1 - 0.12 / height, f"{OURS} against PyTorch and its peers, {where}", fontsize=14, weight="bold", va="top"
-    )
+def _banner(figure, height: float, conditions: list[dict[str, Any]], colors: dict[str, str], panels) -> None:
+    machines = [c["gpu"] or f"{c['threads']} CPU thread{'s' * (c['threads'] != 1)}" for c in conditions]
+    title = f"{OURS} against PyTorch and its peers, {', '.join(dict.fromkeys(machines))}"
+    figure.text(0.02, 1 - 0.12 / height, title, fontsize=14, weight="bold", va="top")
     figure.text(
         0.02,
         1 - 0.42 / height,
-        f"Median time of a call, log scale: shorter is better.  N x: how many times longer than {OURS}.",
+        f"Median time of a call, log scale: shorter is better. N x: how many times longer than {OURS}.",
         fontsize=9,
         va="top",
         color="#4b5563",
     )
-    shown = {row["name"] for results in panels.values() for result in results for row in result["bars"]}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for name, color in colors.items() if name in shown]
-    labels = [{REFERENCE: "plain PyTorch"}.get(name, name) for name in colors if name in shown]
+    shown = {shown_name(row["name"]) for row in _bars(panels)}
+    labels = [name for name in colors if name in shown]
     figure.legend(
-        handles,
+        [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in labels],
         labels,
         loc="upper left",
         bbox_to_anchor=(0.013, 1 - 0.56 / height),
         ncols=max(1, len(labels)),
         frameon=False,
-        fontsize=9,
+        fontsize=8,
         handlelength=1.1,
-        columnspacing=1.4,
+        handletextpad=0.5,
+        columnspacing=1.0,
     )
-    disturbed = any(row["disturbed"] for results in panels.values() for result in results for row in result["bars"])
-    notes = conditions_text(conditions) + "\n  ~: other programs took CPU time all along" * disturbed
-    figure.text(0.02, 0.1 / height, notes, fontsize=7, va="bottom", color="#6b7280")
+
+
+def _notes(conditions: list[dict[str, Any]], panels) -> list[str]:
+    disturbed = any(row["disturbed"] for row in _bars(panels))
+    return conditions_text(*conditions).splitlines() + [f"~: {DISTURBED}"] * disturbed

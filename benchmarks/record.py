@@ -1,4 +1,4 @@
-"""What the record of every run holds, and how it is written; no torch is needed."""
+"""What the record of every run holds, how it is written and found again; no torch is needed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 import os
 import platform
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def ask(*command: str) -> str | None:
@@ -52,3 +54,15 @@ def write_json(file: Path, value: Any) -> None:
     unfinished = file.with_name(file.name + ".part")
     unfinished.write_text(json.dumps(value, indent=1) + "\n")
     unfinished.replace(file)
+
+
+def runs() -> list[tuple[str, dict[str, Any]]]:
+    """``(name, record)`` of each run in ``RESULTS``, the newest first."""
+    records = [(file.stem, json.loads(file.read_text())) for file in sorted(RESULTS.glob("*.json"))]
+    measured = [(name, made) for name, made in records if made.get("results")]
+    return sorted(measured, key=lambda run: datetime.fromisoformat(run[1]["conditions"]["date"]), reverse=True)
+
+
+def compares_ops(made: dict[str, Any]) -> bool:
+    """Whether it comes from run.py, and not from a program that times whole models."""
+    return "contenders" in made["results"][0]

@@ -1,4 +1,4 @@
-"""The benchmark's tables, for a terminal of 110 columns."""
+"""The benchmark's tables, for a terminal of 110 columns, and what the tables in Markdown are made of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from benchmarks.measure import OURS, REFERENCE
 
 WIDTH = 110
 MOST_DIFFERENCES = 10  # of an op, in base_table
+DISTURBED = "other programs took CPU time all along; such a figure is not to be quoted"  # what the mark ~ means
 # heading, width; the first two columns are left-aligned
 COLUMNS = (
     ("case", 19),
@@ -87,6 +88,25 @@ def _contender(label: str, row: dict[str, Any], result: dict[str, Any]) -> str:
     return _line([*cells, number(result["gb_per_s"]), f"{share:.0%}" if share else ""])
 
 
+def shown_name(contender: str) -> str:
+    """For readers who know nothing of the benchmark's own names."""
+    return {REFERENCE: "plain PyTorch", "tuned": "tuned PyTorch"}.get(contender, contender)
+
+
+def cell(row: dict[str, Any] | None, ours: dict[str, Any]) -> str:
+    """A contender in a table of Markdown: its time, and in brackets how many times longer than ours that is."""
+    if row is None or "median_ms" not in row:
+        return "" if row is None else row["status"]
+    time = milliseconds(row)
+    return f"**{time}**" if row is ours else f"{time} ({faster(ours, row)})" if "median_ms" in ours else time
+
+
+def markdown_table(aligned: str, headings: list[str], lines: list[list[str]]) -> str:
+    """``aligned`` has an ``l`` or an ``r`` for each column."""
+    rule = [{"l": "---", "r": "---:"}[side] for side in aligned]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
+
+
 LEGEND = f"""\
 reference: plain PyTorch, {OURS}.reference. torch.compile: the same, compiled for these very shapes.
 CUDA graph: {OURS}, captured once and replayed.
@@ -94,7 +114,7 @@ x reference: how many times faster than the reference. {OURS} is: how many times
 x best peer: than the fastest of all other lines. spread: interquartile range over median.
 GB/s: the least bytes that the op must read and write, over its time. of memory: of the copy rate below;
 over 100% where the data stay in caches.
-~: other programs took CPU time all along; such a figure is not to be quoted."""
+~: {DISTURBED}."""
 
 
 def summary(results: list[dict[str, Any]]) -> str:
@@ -166,17 +186,29 @@ def bits_text(findings: list[Any]) -> str:
     return text + (f"; {missing} not in the old" if missing else "")
 
 
-def conditions_text(conditions: dict[str, Any]) -> str:
-    """Two or three lines to quote with any figure."""
+def machine_texts(conditions: dict[str, Any]) -> tuple[str, str]:
+    """What several runs may share: the machine, and the versions of what was compared."""
     where = conditions["gpu"] or f"{conditions['cpu']}, {conditions['simd']}"
     if conditions["device"] == "emulated":
         where = f"CUDA kernels emulated on {where}"
-    rate = conditions["memory_gb_per_s"]
-    memory = f", memory copy {rate:.1f} GB/s" if rate else ""
     versions = ", ".join(f"{name} {version or '(absent)'}" for name, version in conditions["versions"].items())
-    threads = f"{conditions['threads']} thread" + "s" * (conditions["threads"] != 1)
+    return f"{where}, {conditions['threads']} thread{'s' * (conditions['threads'] != 1)}", versions
+
+
+def run_text(conditions: dict[str, Any]) -> str:
+    """What is of one run alone."""
     run = [f"commit {conditions['commit']}"] if conditions["commit"] else []
-    run += [conditions["date"], "quick" if conditions["quick"] else "full"]
+    run += [conditions["date"], *["quick"] * conditions["quick"]]
+    if rate := conditions["memory_gb_per_s"]:
+        run.append(f"memory copy {rate:.1f} GB/s")
     if conditions["l2_flushed"] is not None:
         run.append("L2 flushed before each call" if conditions["l2_flushed"] else "L2 not flushed")
-    return f"Conditions: {where}, {threads}{memory}\n  {versions}\n  {', '.join(run)}"
+    return ", ".join(run)
+
+
+def conditions_text(*runs: dict[str, Any]) -> str:
+    """Lines to quote with any figure: two of each machine, and one of each of its runs."""
+    machines: dict[tuple[str, str], list[str]] = {}
+    for conditions in runs:
+        machines.setdefault(machine_texts(conditions), []).append(run_text(conditions))
+    return "\n".join("\n  ".join([f"Conditions: {where}", versions, *of]) for (where, versions), of in machines.items())

@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.plot:
         from benchmarks.plot import draw
 
-        draw(made, args.plot)
+        draw(made["results"], [under], args.plot)
     return int(bool(failed))
 
 

@@ -4,7 +4,6 @@ A line ``<!-- README.md: The ops -->`` is replaced by that section of that file;
 pictures of ``benchmarks/results/*.json``. Links and pictures outside of this folder become their text.
 """
 
-import json
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ sys.path.append(str(ROOT))
 from benchmarks import report  # noqa: E402
 from benchmarks.measure import OURS  # noqa: E402
 from benchmarks.plot import draw  # noqa: E402
+from benchmarks.record import compares_ops, runs  # noqa: E402
 
 
 def on_files(files, config):
@@ -30,7 +30,7 @@ def on_files(files, config):
     for name, made in filter(lambda run: compares_ops(run[1]), runs()):
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / f"{name}.svg"
-            draw(made, picture)
+            draw(made["results"], [made["conditions"]], picture)
             files.append(File.generated(config, f"benchmarks/{name}.svg", content=picture.read_bytes()))
     return files
 
@@ -65,18 +65,6 @@ def local_links(markdown: str, base: Path, here: Path) -> str:
     return LINK.sub(rewrite, markdown)
 
 
-def runs() -> list:
-    """``(name, record)`` of each run, the newest first."""
-    records = [(file.stem, json.loads(file.read_text())) for file in (ROOT / "benchmarks" / "results").glob("*.json")]
-    measured = [(name, made) for name, made in records if made.get("results")]
-    return sorted(measured, key=lambda run: (run[1]["conditions"]["date"], run[0]), reverse=True)
-
-
-def compares_ops(made: dict) -> bool:
-    """Whether it comes from benchmarks/run.py, and not from one of whole models."""
-    return "contenders" in made["results"][0]
-
-
 def results() -> str:
     """All runs: conditions and tables, of ops with a picture."""
     return "\n\n".join(_ops(name, made) if compares_ops(made) else _models(made) for name, made in runs())
@@ -85,13 +73,14 @@ def results() -> str:
 def _models(made: dict) -> str:
     """Figures of whole models."""
     conditions = "\n".join(f"{name}: {value}" for name, value in made["conditions"].items())
-    lines = ["| model | | B | what | ms | images/s |", "|---|---|---:|---|---:|---:|"]
+    lines = []
     for row in made["results"]:
         time = report.milliseconds({"median_ms": row["ms"], "disturbed": row["disturbed"]})
-        cells = (row["model"], row["kind"], row["batch"], row["what"], time, f"{row['images_per_second']:.1f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        rate = f"{row['images_per_second']:.1f}"
+        lines.append([row["model"], row["kind"], str(row["batch"]), row["what"], time, rate])
+    table = report.markdown_table("llrlrr", ["model", "", "B", "what", "ms", "images/s"], lines)
     title = f"## {made['conditions']['date'][:10]}: whole models"
-    return "\n\n".join([title, f"```text\n{conditions}\n```", "\n".join(lines)])
+    return "\n\n".join([title, f"```text\n{conditions}\n```", table])
 
 
 def _ops(name: str, made: dict) -> str:
@@ -107,15 +96,8 @@ def _ops(name: str, made: dict) -> str:
 def _table(cases: list) -> str:
     """A line for each case, a column for each contender."""
     names = list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"]))
-    lines = [["case", *names], ["---", *["---:"] * len(names)]]
+    lines = []
     for case in cases:
         rows = {row["name"]: row for row in case["contenders"]}
-        lines.append([case["case"], *(_cell(rows.get(name), rows[OURS]) for name in names)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(row: dict | None, ours: dict) -> str:
-    if row is None or "median_ms" not in row:
-        return "" if row is None else row["status"]
-    time = report.milliseconds(row)
-    return f"**{time}**" if row is ours else f"{time} ({report.faster(ours, row)})" if "median_ms" in ours else time
+        lines.append([case["case"], *(report.cell(rows.get(name), rows[OURS]) for name in names)])
+    return report.markdown_table("l" + "r" * len(names), ["case", *names], lines)

@@ -252,7 +252,7 @@ def test_script_writes_figures_and_picture(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert max(map(len, run.stdout.splitlines())) <= report.WIDTH
-    for word in ("encode", OURS, "x best peer", "Summary", "Conditions: ", "1 thread,"):
+    for word in ("encode", OURS, "x best peer", "Summary", "Conditions: ", "1 thread\n"):
         assert word in run.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
