@@ -1,14 +1,19 @@
 """The code of the README and of the pages in docs runs, and every op is named."""
 
 import importlib
+import inspect
 import json
 import re
 import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+import opinfo
+from benchmarks import readme, report
+from benchmarks.measure import GRAPH, OURS
 from ssd_ext import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,8 +116,6 @@ def test_figures_are_those_of_the_script(tmp_path):
 def test_benchmark_page_shows_every_figure():
     pytest.importorskip("mkdocs")
     pytest.importorskip("matplotlib")
-    from benchmarks.report import milliseconds
-
     lines = runpy.run_path(str(DOCS / "hooks.py"))["results"]().splitlines()
     for file in (ROOT / "benchmarks" / "results").glob("*.json"):
         for result in json.loads(file.read_text()).get("results", []):
@@ -121,4 +124,110 @@ def test_benchmark_page_shows_every_figure():
             else:
                 start = f"| {result['model']} | {result['kind']} | {result['batch']} | {result['what']} |"
                 rows = [{**result, "median_ms": result["ms"]}]
-            assert any(line.startswith(start) and all(milliseconds(row) in line for row in rows) for line in lines)
+            assert any(
+                line.startswith(start) and all(report.milliseconds(row) in line for row in rows) for line in lines
+            )
+
+
+# ---- the README's table and picture of the benchmark ---------------------------------------------
+
+
+def test_table_is_written_from_the_results():
+    assert readme.filled(README) == README, "run python benchmarks/readme.py"
+
+
+def test_every_row_has_the_fastest_peer():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (\S+) \| (.+?) \(", readme.written(), re.MULTILINE)
+    assert len(rows) == len(readme.ROWS) == len(set(readme.ROWS))
+    for (op, case, ours, peer), (result, _) in zip(rows, readme.measured(), strict=True):
+        assert (op, case) == (result["op"], result["case"])
+        times = {row["name"]: row for row in result["contenders"] if "median_ms" in row}
+        assert ours == report.milliseconds(times.pop(OURS))
+        times.pop(GRAPH, None)
+        name, row = min(times.items(), key=lambda item: item[1]["median_ms"])
+        assert peer == f"{report.shown_name(name)} {report.milliseconds(row)}"
+
+
+def record(date, case="SSD300 B=32", op="decode", device="cpu", quick=False, gpu=None, peers=(("peer", 2.0, False),)):
+    """As run.py writes it; ours takes a millisecond."""
+    contenders = [
+        {"name": name, "status": "timed", "median_ms": ms, "disturbed": disturbed}
+        for name, ms, disturbed in ((OURS, 1.0, False), *peers)
+    ]
+    best = min(peers, key=lambda peer: peer[1])[0]
+    conditions = {"device": device, "cpu": "A CPU", "gpu": gpu, "threads": 2, "simd": "avx2", "memory_gb_per_s": 10.0}
+    conditions |= {"versions": {"torch": "2"}, "commit": "abc", "date": date, "quick": quick, "l2_flushed": None}
+    result = {"op": op, "case": case, "contenders": contenders, "best_peer": best}
+    return {"conditions": conditions, "results": [result]}
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """Let the README's table have one row, and be written from these records."""
+
+    def record_all(*records):
+        for i, made in enumerate(records):
+            (tmp_path / f"{i}.json").write_text(json.dumps(made))
+        monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path)
+        monkeypatch.setattr(readme, "ROWS", [("decode", "SSD300 B=32")])
+
+    return record_all
+
+
+def test_table_takes_the_newest_full_run_on_a_cpu(recorded):
+    recorded(
+        record("2026-11-22 23:00+00:00", peers=[("yesterday", 2.0, False)]),
+        record("2026-11-23 06:00+01:00", peers=[("older by its zone", 3.0, False)]),
+        record("2026-11-23 05:30+00:00", peers=[("newest", 4.0, False)]),
+        record("2026-11-24 05:30+00:00", quick=True),
+        record("2026-11-24 05:30+00:00", device="cuda", gpu="A GPU"),
+        record("2026-11-24 05:30+00:00", case="SSD300 B=8"),
+    )
+    written = readme.written()
+    assert "| `decode` | SSD300 B=32 | 1.00 | newest 4.00 (4.00x) |  |  |" in written
+    assert "A CPU, avx2, 2 threads, torch 2:\n\n- `decode`: commit abc, 2026-11-23 05:30+00:00, memory" in written
+    assert "memory copy 10.0 GB/s, without torch.compile\n" in written
+    assert "No GPU has been measured" not in written
+
+
+def test_a_disturbed_peer_stays_the_fastest_and_is_marked(recorded):
+    recorded(record("2026-11-23 05:30+00:00", peers=[("torchvision", 9.0, False), ("noisy", 3.0, True)]))
+    assert "| 1.00 | noisy 3.00~ (3.00x~) | 9.00 (9.00x) |" in readme.written()
+
+
+def test_a_row_that_no_run_has_is_an_error(recorded):
+    recorded(record("2026-11-23 05:30+00:00", case="SSD300 B=8"))
+    with pytest.raises(LookupError, match=r"no file in benchmarks/results has .*SSD300 B=32"):
+        readme.written()
+
+
+def test_text_around_the_table_stays():
+    assert readme.filled(f"before\n{readme.BEGIN}old{readme.END}\nafter").startswith(f"before\n{readme.BEGIN}\n\n| op")
+    with pytest.raises(ValueError, match="unpack"):
+        readme.filled("a README without the comments")
+
+
+def test_grep_finds_every_case_of_the_benchmark():
+    rooms = [(inspect.getsource(room), room.OPS) for room in vars(opinfo).values() if hasattr(room, "OPS")]
+    found = {
+        (op.name, case.name): f'("{case.name}"' in re.sub(r"\(\s+", "(", source)
+        for source, ops_here in rooms
+        for op in ops_here
+        for case in op.cases
+        if case.benchmark
+    }
+    assert set(readme.ROWS) <= set(found)
+    assert [row for row, literal in found.items() if not literal] == []
+
+
+def texts(picture):
+    """All that is written in an SVG, in no order: matplotlib's versions draw in their own."""
+    return sorted("".join(e.itertext()) for e in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_picture_is_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
+    readme.draw_picture(tmp_path / "drawn.svg")
+    assert texts(readme.PICTURE) == texts(tmp_path / "drawn.svg"), "run python benchmarks/readme.py"
+    assert {op for op, _ in readme.ROWS} < set(texts(readme.PICTURE))
+    assert readme.PICTURE.stat().st_size < 60_000

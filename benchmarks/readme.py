@@ -1,0 +1,116 @@
+"""Writes the README's table of the benchmark and its picture, from the files in benchmarks/results.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import report
+from benchmarks.measure import COMPILED, OURS, REFERENCE
+from benchmarks.record import ROOT, compares_ops, runs
+
+README, PICTURE = ROOT / "README.md", ROOT / "benchmarks" / "readme.svg"
+BEGIN, END = "<!-- written by benchmarks/readme.py -->", "<!-- until here -->"
+ROWS = [
+    ("assign_targets", "SSD300 COCO B=32, last"),
+    ("assign_targets", "SSD300 synthetic B=32, last"),
+    ("hard_negatives", "SSD300 B=32"),
+    ("multibox_loss", "SSD300 B=8"),
+    ("multibox_loss", "SSD300 B=32"),
+    ("multibox_loss", "SSD300 B=32, backward too"),
+    ("detect", "trained, C=81 B=1"),
+    ("detect", "trained, C=81 B=32"),
+    ("detect", "untrained, C=81 B=1"),
+    ("encode", "SSD300 B=32"),
+    ("decode", "SSD300 B=32"),
+    ("box_iou", "N=1000 M=1000"),
+    ("nms", "random N=100"),
+    ("nms", "random N=1000"),
+    ("nms", "random N=20000"),
+    ("nms", "candidates N=1000"),
+    ("nms", "candidates N=20000"),
+    ("batched_nms", "random N=1000, 80 classes"),
+    ("batched_nms", "random N=20000, 80 classes"),
+    ("soft_nms", "clustered N=1000 linear"),
+]
+SHOWN = ("torchvision", REFERENCE)  # beside the fastest, whichever that is
+LEGEND = f"""\
+Median milliseconds of a call; in brackets, how many times longer that is than {OURS}'s.
+`~`: {report.DISTURBED}. Undisturbed, that contender may be faster."""
+
+Result = dict[str, Any]  # of a case, and the record of a run, both as run.py describes them
+Run = dict[str, Any]
+
+
+def measured() -> list[tuple[Result, Run]]:
+    """A result for each of ``ROWS``, of several the newest, with the run that it comes from."""
+    newest: dict[tuple[str, str], tuple[Result, Run]] = {}
+    for _, run in reversed(runs()):
+        conditions = run["conditions"]
+        if compares_ops(run) and conditions["device"] == "cpu" and not conditions["quick"]:
+            newest |= {(result["op"], result["case"]): (result, run) for result in run["results"]}
+    if missing := [row for row in ROWS if row not in newest]:
+        raise LookupError(f"no file in benchmarks/results has {missing}")
+    return [newest[row] for row in ROWS]
+
+
+def written() -> str:
+    """What the README holds between the two comments."""
+    found = measured()
+    headings = ["op", "case", OURS, "fastest peer", *map(report.shown_name, SHOWN)]
+    table = report.markdown_table("llrlrr", headings, [line(result) for result, _ in found])
+    link = f"![The same cases with every contender, as bars on a log scale]({PICTURE.relative_to(ROOT).as_posix()})"
+    return "\n\n".join([table, LEGEND, origin(found), link])
+
+
+def line(result: Result) -> list[str]:
+    """A row of the table."""
+    rows = {row["name"]: row for row in result["contenders"]}
+    ours, fastest = rows[OURS], rows[result["best_peer"]]
+    peer = f"{report.shown_name(fastest['name'])} {report.cell(fastest, ours)}"
+    shown = [report.cell(rows.get(name), ours) for name in SHOWN]
+    return [f"`{result['op']}`", result["case"], report.milliseconds(ours), peer, *shown]
+
+
+def origin(found: list[tuple[Result, Run]]) -> str:
+    """The conditions of each run, and what comes from it."""
+    machines: dict[tuple[str, str], list[str]] = {}
+    for run in _distinct(found):
+        ops = dict.fromkeys(f"`{result['op']}`" for result, of in found if of is run)
+        compiled = any(row["name"] == COMPILED for result in run["results"] for row in result["contenders"])
+        conditions = report.run_text(run["conditions"]) + f", without {COMPILED}" * (not compiled)
+        machines.setdefault(report.machine_texts(run["conditions"]), []).append(f"- {', '.join(ops)}: {conditions}")
+    texts = ["\n".join([f"{', '.join(machine)}:\n", *items]) for machine, items in machines.items()]
+    gpus = {run["conditions"].get("gpu") for _, run in runs()} - {None}
+    return "\n\n".join(texts + ["No GPU has been measured yet."] * (not gpus))
+
+
+def _distinct(found: list[tuple[Result, Run]]) -> list[Run]:
+    return list({id(run): run for _, run in found}.values())
+
+
+def filled(readme: str) -> str:
+    """The README with that text as it should be."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{written()}\n\n{END}{after}"
+
+
+def draw_picture(file: Path) -> None:
+    """The same cases with all contenders."""
+    from benchmarks.plot import draw
+
+    found = measured()
+    draw([result for result, _ in found], [run["conditions"] for run in _distinct(found)], file)
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
+    draw_picture(PICTURE)
