@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,13 +26,13 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         sys.exit(f"ssd_ext: {e}")
 
 
-def add_device(parser) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``, by default the GPU where the extension can use one."""
     usable = torch.cuda.is_available() and "cuda" in _C.build_info()
     parser.add_argument("--device", default="cuda" if usable else "cpu", help="default: %(default)s")
 
 
-def add_data_rules(parser) -> None:
+def add_data_rules(parser: argparse.ArgumentParser) -> None:
     """How :func:`read_data` takes the boxes of a data set."""
     add = parser.add_argument
     add("--zero-based", action="store_true", help="take the corners of a VOC folder as they stand, not counted from 1")
@@ -40,7 +41,7 @@ def add_data_rules(parser) -> None:
 
 def read_data(path: str, split: str | None, classes: list[str] | None, args: argparse.Namespace) -> Dataset:
     """The data set, as ``args`` of :func:`add_data_rules` say."""
-    rules: dict = {"invalid": "skip"} if args.skip_invalid else {}
+    rules: dict[str, Any] = {"invalid": "skip"} if args.skip_invalid else {}
     if args.zero_based:
         if not os.path.isdir(os.path.join(path, "Annotations")):
             raise ValueError(f"--zero-based is for VOC folders, which {path} is not: it has no Annotations")
@@ -48,7 +49,7 @@ def read_data(path: str, split: str | None, classes: list[str] | None, args: arg
     return load_dataset(path, split, classes, **rules)
 
 
-def add_weights(parser) -> None:
+def add_weights(parser: argparse.ArgumentParser) -> None:
     """``--weights`` and what goes with files that do not tell their model."""
     parser.add_argument(
         "--weights", required=True, metavar="FILE", help="checkpoint of ssd_ext.train, or other weights"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def save(state: dict[str, Any], path: str | Path) -> None:
+def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write ``state`` by ``torch.save`` so that ``path`` is at every moment the old file or the new one, whole.
 
     Args:
@@ -32,7 +32,7 @@ def save(state: dict[str, Any], path: str | Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> Any:
     """Read what :func:`save` or ``torch.save`` wrote, or a ``.safetensors`` file. No code of the file is run.
 
     Args:
@@ -63,4 +63,5 @@ def _safetensors(path: Path, device: str | torch.device) -> dict[str, torch.Tens
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f'{path} needs safetensors: pip install "ssd_ext[train]"', name="safetensors") from error
-    return load_file(path, device=str(device))
+    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    return tensors

@@ -5,14 +5,17 @@ import json
 import re
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.io import write_jpeg
 from tqdm import tqdm
 
 from ssd_ext import _cli
 from ssd_ext.data import read_image
 from ssd_ext.inference import as_input, draw, load_detector
+from ssd_ext.models import SSD
 from ssd_ext.ops.detect import unpad
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -64,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out} would overwrite {min(lost)}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
 
-    results, broken = [], []
+    results: list[dict[str, Any]] = []
+    broken = []
     seconds = {"whole": 0.0, "network": 0.0}
     for file in tqdm(files, unit="image", disable=len(files) < 10):
         try:
@@ -110,10 +114,10 @@ def _distinct_names(files: list[Path]) -> dict[Path, str]:
 
 
 @torch.inference_mode()
-def _timed(model, batch) -> tuple[list, dict[str, float]]:
+def _timed(model: SSD, batch: list[Tensor]) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
     """What the model finds, and the seconds that it took with post-processing and without."""
 
-    def now():
+    def now() -> float:
         if batch[0].is_cuda:
             torch.cuda.synchronize()
         return perf_counter()

@@ -17,8 +17,7 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     the suffix holds PTX too, which serves every later GPU. An ``a`` after the number serves that GPU
     alone, an ``f`` its family.
     """
-    for entry in architectures.split(","):
-        major, minor, special, real = re.fullmatch(r"(\d+)(\d)([af]?)(-real)?", entry).groups()
+    for major, minor, special, real in re.findall(r"(\d+)(\d)([af]?)(-real)?", architectures):
         arch = int(major), int(minor)
         if capability == arch or (special != "a" and capability[0] == arch[0] and capability >= arch):
             return True

@@ -9,7 +9,7 @@ from ssd_ext import _cli
 from ssd_ext.evaluation import average_precision, coco_metrics, plot_pr_curves
 from ssd_ext.inference import detections, load_detector
 
-METRICS = {"voc12": "area", "voc07": "11point", "coco": None}
+METRICS = {"voc12": "area", "voc07": "11point", "coco": None}  # the rule of average_precision
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,13 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     dataset = _cli.read_data(args.data, args.split, classes, args)
     found = detections(model.to(args.device), dataset, workers=args.workers)
     targets = [dataset.target(i) for i in range(len(dataset))]
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for metric in args.metrics:
-        if metric == "coco":
+        rule = METRICS[metric]
+        if rule is None:
             figures[metric] = coco_metrics(found, targets)
             print("coco: " + ", ".join(f"{name} {value:.4f}" for name, value in figures[metric].items()))
             continue
-        result = average_precision(found, targets, model.num_classes, args.iou_threshold, METRICS[metric])
+        result = average_precision(found, targets, model.num_classes, args.iou_threshold, rule)
         figures[metric] = {"mAP": result.mAP, **dict(zip(classes, result.ap.tolist(), strict=True))}
         for name, value in figures[metric].items():
             print(f"{metric}  {name:<24} {value:.4f}")

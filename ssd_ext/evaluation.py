@@ -9,11 +9,15 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ssd_ext import ops
+
+if TYPE_CHECKING:
+    from ssd_ext.data import Dataset
 
 Detections = Sequence[Mapping[str, Tensor]]
 
@@ -103,7 +107,7 @@ def average_precision(
     )
 
 
-def coco_metrics(detections: Detections, targets) -> dict[str, float]:
+def coco_metrics(detections: Detections, targets: "Dataset | Detections") -> dict[str, float]:
     """The twelve metrics of COCO, by pycocotools, without its printing.
 
     Crowds are ignored as COCO does, and difficult objects as crowds are. A detection with a NaN score is left out, one
@@ -134,7 +138,7 @@ def coco_metrics(detections: Detections, targets) -> dict[str, float]:
     images = [{"id": index} for index in range(len(targets))]
     categories = [{"id": label} for label in sorted({label for image in targets for label in image["labels"].tolist()})]
 
-    def database(objects: list[dict]) -> COCO:
+    def database(objects: list[dict[str, Any]]) -> COCO:
         coco = COCO()
         numbered = [thing | {"id": number} for number, thing in enumerate(objects, 1)]  # id 0 would count as no match
         coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
@@ -150,7 +154,7 @@ def coco_metrics(detections: Detections, targets) -> dict[str, float]:
     return dict(zip(COCO_METRICS, values, strict=True))
 
 
-def coco_results(dataset, detections: Detections) -> list[dict]:
+def coco_results(dataset: "Dataset", detections: Detections) -> list[dict[str, Any]]:
     """Detections in COCO's format of results, ready for ``json.dump``.
 
     Args:
@@ -262,7 +266,8 @@ def _match(
             found = torch.where(hit, offset + index, -1)
         rows.append((labels, scores.double(), found, ignored))
         offset += len(gt_boxes)
-    return *(torch.cat(column) for column in zip(*rows, strict=True)), objects[1:]
+    labels, scores, found, ignored = (torch.cat(column) for column in zip(*rows, strict=True))
+    return labels, scores, found, ignored, objects[1:]
 
 
 def _share_inside(boxes: Tensor, others: Tensor) -> Tensor:
@@ -291,7 +296,7 @@ def _eleven_points(hits: Tensor, precision: Tensor, total: int) -> float:
     return sum(values.max().item() for values in best if len(values)) / 11
 
 
-def _coco_rows(images: Detections, scored: bool) -> list[dict]:
+def _coco_rows(images: Detections, scored: bool) -> list[dict[str, Any]]:
     """One dict for each box of each image, whose id is its position."""
     rows = []
     for index, image in enumerate(images):
@@ -304,14 +309,14 @@ def _coco_rows(images: Detections, scored: bool) -> list[dict]:
     return rows
 
 
-def _coco_detections(detections: Detections) -> list[dict]:
+def _coco_detections(detections: Detections) -> list[dict[str, Any]]:
     rows = _coco_rows(detections, scored=True)
     return [
         row | {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in rows if row["score"] == row["score"]
     ]
 
 
-def _coco_targets(targets: Detections) -> list[dict]:
+def _coco_targets(targets: Detections) -> list[dict[str, Any]]:
     rows = _coco_rows(targets, scored=False)
     ignore = [flag for image in targets for flag in (_flags(image, "crowd") | _flags(image, "difficult")).tolist()]
     areas = [area for image in targets for area in image.get("area", torch.full(image["labels"].shape, -1.0)).tolist()]

@@ -7,13 +7,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd_ext.ops._library import define
+from ssd_ext.ops._library import define, fake
 from ssd_ext.reference.boxes import decode
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class EndToEnd(nn.Module):
         model: set to eval mode. Exported or captured, its settings, such as ``score_threshold``, are fixed.
     """
 
-    def __init__(self, model: "SSD"):
+    def __init__(self, model: "SSD") -> None:
         """See the class for the arguments."""
         super().__init__()
         self.model = model
@@ -53,6 +53,9 @@ class EndToEnd(nn.Module):
         # Filled where they are needed: copying them from the host would not fit into a CUDA graph.
         size = [torch.full(images.shape[:1], n, dtype=torch.float32, device=images.device) for n in images.shape[-2:]]
         return self.model.predict(batch, torch.stack(size, 1))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's is of any arguments and any result
 
 
 def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
@@ -134,23 +137,24 @@ def onnx(
         custom_translation_table={torch.ops.ssd_ext.nms_scores.default: _nms_scores_in_onnx},
         verbose=False,
     )
+    assert written is not None  # as it is without dynamo
     written.save(path, external_data=False)
 
 
 def _detect(
-    deltas,
-    logits,
-    priors,
-    score_threshold,
-    iou_threshold,
-    topk_per_class,
-    max_detections,
-    sigmoid,
-    variances,
-    clip,
-    class_agnostic,
-    window,
-):
+    deltas: Tensor,
+    logits: Tensor,
+    priors: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    topk_per_class: int,
+    max_detections: int,
+    sigmoid: bool,
+    variances: list[float],
+    clip: float,
+    class_agnostic: bool,
+    window: list[float] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`ssd_ext.ops.detect` without a shape that depends on data, but for ``nms_scores``.
 
     A score of -1 is none. Rows of the scores are classes and columns priors, so that the lowest index, which
@@ -159,7 +163,7 @@ def _detect(
     if len(priors) == 0:
         raise ValueError("ONNX takes no detector without priors")
     dtype = logits.dtype
-    boxes = decode(deltas.float(), priors.float(), variances, clip)
+    boxes = decode(deltas.float(), priors.float(), (variances[0], variances[1]), clip)
     if window is not None:
         low, high = window[:2] * 2, window[2:] * 2
         boxes = torch.stack([boxes[..., i].clamp(low[i], high[i]) for i in range(4)], -1)
@@ -191,12 +195,12 @@ def _detect(
 define("nms_scores(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
 
 
-@torch.library.register_fake("ssd_ext::nms_scores")
-def _(boxes, scores, iou_threshold):
+@fake("nms_scores")
+def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return torch.empty_like(scores)
 
 
-def _nms_scores_in_onnx(boxes, scores, iou_threshold: float):
+def _nms_scores_in_onnx(boxes: Any, scores: Any, iou_threshold: float) -> Any:
     """``[B, P, 4]`` and ``[B, C, P]`` to ``[B, C, P]``: -1 instead of the scores that NMS, class by class, drops."""
     from onnxscript import opset18 as op
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -11,6 +12,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from ssd_ext import checkpoint
 from ssd_ext.models import SSD, create, load_weights
+
+if TYPE_CHECKING:
+    from ssd_ext.data import Dataset
 
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
@@ -46,7 +50,7 @@ def load_detector(
     elif model is None or (num_classes is None and classes is None):
         raise ValueError(f"{path} does not tell its model and classes: name both")
     else:
-        detector = create(model, num_classes=num_classes or len(classes) + 1)
+        detector = create(model, num_classes=num_classes or len(classes or ()) + 1)
     report = load_weights(detector, path)
     if report.skipped or not report.detector:
         raise ValueError(f"{path} is no whole detector with {detector.num_classes} classes: {report}")
@@ -57,7 +61,7 @@ def load_detector(
     return detector.eval(), names
 
 
-def _build(architecture: dict, path: str | Path) -> SSD:
+def _build(architecture: dict[str, Any], path: str | Path) -> SSD:
     if architecture.get("name") is None:
         raise ValueError(f"{path} holds a detector of its own backbone: build it, and give it as model")
     try:
@@ -68,12 +72,13 @@ def _build(architecture: dict, path: str | Path) -> SSD:
 
 def as_input(image: Tensor, device: str | torch.device) -> Tensor:
     """A uint8 image as the models take it: float32 in 0..1, on their device."""
-    return F.to_dtype(image.to(device), torch.float32, scale=True)
+    converted: Tensor = F.to_dtype(image.to(device), torch.float32, scale=True)
+    return converted
 
 
 @torch.inference_mode()
 def detections(
-    model: SSD, dataset, indices: Iterable[int] | None = None, *, batch_size: int = 8, workers: int = 0
+    model: SSD, dataset: "Dataset", indices: Iterable[int] | None = None, *, batch_size: int = 8, workers: int = 0
 ) -> list[dict[str, Tensor]]:
     """What ``model`` (set to eval mode) finds in images of a data set, on the CPU, in the order of ``indices``.
 
@@ -91,17 +96,17 @@ def detections(
     return found
 
 
-def _images(items: list) -> list[Tensor]:
+def _images(items: list[tuple[Tensor, Any]]) -> list[Tensor]:
     return [image for image, _ in items]
 
 
-def gathered_detections(model: SSD, dataset, *, workers: int = 0) -> list[dict[str, Tensor]]:
+def gathered_detections(model: SSD, dataset: "Dataset", *, workers: int = 0) -> list[dict[str, Tensor]]:
     """:func:`detections` of the whole data set, to which every rank of ``torch.distributed`` contributes its share."""
     if not distributed.is_initialized():
         return detections(model, dataset, workers=workers)
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     own = detections(model, dataset, range(rank, len(dataset), ranks), workers=workers)
-    shares = [None] * ranks
+    shares = [own] * ranks
     distributed.all_gather_object(shares, own)
     return [shares[i % ranks][i // ranks] for i in range(len(dataset))]
 
@@ -113,7 +118,7 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
         return image
     labels = found["labels"][shown].tolist()
     width = max(1, round(max(image.shape[1:]) / 250))
-    return draw_bounding_boxes(
+    drawn: Tensor = draw_bounding_boxes(
         image,
         found["boxes"][shown],
         [f"{classes[k - 1]} {s:.2f}" for k, s in zip(labels, found["scores"][shown].tolist(), strict=True)],
@@ -122,3 +127,4 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
         label_background_colors=[COLORS[k % len(COLORS)] for k in labels],
         fill_labels=True,
     )
+    return drawn

@@ -1,6 +1,7 @@
 """The training loss from raw ground truth: MultiBoxLoss."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed, nn
 
@@ -36,6 +37,8 @@ class MultiBoxLoss(nn.Module):
     Source: Liu et al., SSD (2016), section 2.2 and eq. 1 to 3.
     """
 
+    priors: Tensor | None
+
     def __init__(
         self,
         priors: Tensor | None = None,
@@ -58,13 +61,13 @@ class MultiBoxLoss(nn.Module):
         self.register_buffer("priors", priors, persistent=False)
         self.validate = validate
         self.across_ranks = across_ranks
-        self.matching = {
+        self.matching: dict[str, Any] = {
             "iou_threshold": iou_threshold,
             "low_threshold": low_threshold,
             "force": force,
             "variances": variances,
         }
-        self.loss = {
+        self.loss: dict[str, Any] = {
             "ratio": ratio,
             "min_negatives": min_negatives,
             "alpha": alpha,
@@ -90,13 +93,14 @@ class MultiBoxLoss(nn.Module):
             gt_labels: int64, ``1..C - 1``: a list of ``[G_b]`` tensors, or ``[G]`` beside ``(boxes, offsets)``.
             priors: ``[P, 4]``, where the module has none.
         """
-        if (priors is None) == (self.priors is None):
-            given = "to neither" if priors is None else "to both"
-            raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {given}")
+        given = [boxes for boxes in (priors, self.priors) if boxes is not None]
+        if len(given) != 1:
+            where = "to both" if given else "to neither"
+            raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {where}")
         labels, targets = ops.assign_targets(
             gt_boxes,
             gt_labels,
-            self.priors if priors is None else priors,
+            given[0],
             validate=self.validate,
             num_classes=logits.shape[-1] if self.validate else None,
             **self.matching,
@@ -109,6 +113,9 @@ class MultiBoxLoss(nn.Module):
         distributed.all_reduce(everywhere)
         share = positives.clamp(min=1) * distributed.get_world_size() / everywhere.clamp(min=1)
         return losses[0] * share, losses[1] * share
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's is of any arguments and any result
 
     def extra_repr(self) -> str:
         """All settings, for ``print``."""

@@ -8,6 +8,7 @@ torch.Size([8732, 4])
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class PriorSpec:
     steps: Sequence[float] | None = None
     clip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse what no detector could mean."""
         levels = len(self.feature_sizes)
         for name, expected in (("scales", levels + 1), ("aspect_ratios", levels), ("steps", levels)):
@@ -96,14 +97,15 @@ class PriorSpec:
 
     def _sizes(self, image_size: tuple[int, int] | None, feature_sizes: Sizes | None) -> tuple[tuple[int, int], Sizes]:
         """What is meant where one or both are left out."""
-        image = tuple(image_size or self.image_size)
+        image = cast("tuple[int, int]", tuple(image_size or self.image_size))
         self._check_sizes("image_size", [image])
         if feature_sizes is None:
             if image == tuple(self.image_size):
                 return image, self.feature_sizes
             if self.steps is None:
                 raise ValueError(f"PriorSpec: without steps, an image of {image} needs its feature_sizes")
-            return image, [tuple(int(-(-extent // step)) for extent in image) for step in self.steps]
+            height, width = image
+            return image, [(int(-(-height // step)), int(-(-width // step))) for step in self.steps]
         if len(feature_sizes) != len(self.feature_sizes):
             levels = len(self.feature_sizes)
             raise ValueError(f"PriorSpec: feature_sizes must have {levels} levels: got {feature_sizes}")

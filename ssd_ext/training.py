@@ -2,26 +2,30 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssd_ext import checkpoint
-from ssd_ext.data import augmentation, collate
+from ssd_ext.data import Dataset, augmentation, collate
 from ssd_ext.evaluation import average_precision
 from ssd_ext.inference import draw, gathered_detections
 from ssd_ext.models import SSD
+from ssd_ext.models.ssd import Images
 
-AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+AMP: dict[str, torch.dtype | None] = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("cosine", "step")
 OPTIMIZERS = ("sgd", "adamw")
 FLOATS = ("lr", "momentum", "weight_decay", "clip_gradient", "ema", "photometric", "zoom_out", "flip")
@@ -91,7 +95,7 @@ class Recipe:
     save_every: int = 500
     evaluate_every: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse what would only be noticed after a while."""
         for name in FLOATS:
             if getattr(self, name) is not None:
@@ -138,7 +142,7 @@ class Batches:
     epoch's beginning. Rank r of a step has the r-th part of that step's batch.
     """
 
-    def __init__(self, images: int, recipe: Recipe, start: int = 0, rank: int = 0, ranks: int = 1):
+    def __init__(self, images: int, recipe: Recipe, start: int = 0, rank: int = 0, ranks: int = 1) -> None:
         """See the class; ``images`` is the size of the data set."""
         if recipe.batch_size % ranks:
             raise ValueError(f"batch_size must be a multiple of the {ranks} ranks, got {recipe.batch_size}")
@@ -165,14 +169,14 @@ class Batches:
             yield list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
-class Augmented(Dataset):
+class Augmented(torch.utils.data.Dataset[Any]):
     """A data set whose items, asked for by (index, seed), are augmented by that seed alone."""
 
-    def __init__(self, dataset, transform):
+    def __init__(self, dataset: Dataset, transform: Callable[[Tensor, dict[str, Any]], Any]) -> None:
         """See the class."""
         self.dataset, self.transform = dataset, transform
 
-    def __getitem__(self, at: tuple[int, int]):
+    def __getitem__(self, at: tuple[int, int]) -> Any:
         """The image and target, augmented."""
         index, seed = at
         image, target = self.dataset[index]
@@ -181,10 +185,11 @@ class Augmented(Dataset):
             return self.transform(image, target)
 
 
-def _join(items: list) -> tuple[Tensor, Tensor, Tensor, list[int], list[str]]:
+def _join(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor, Tensor, list[int], list[str]]:
     """Images, boxes, labels, how many of each image, names: few tensors, each of which costs a worker a file."""
     images, targets = collate(items)
     boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
+    images = cast(Tensor, images)  # they are augmented to one size
     return images, boxes, labels, [len(target["labels"]) for target in targets], [t["name"] for t in targets]
 
 
@@ -211,7 +216,7 @@ class Run:
         self.model, self.recipe, self.classes = model, recipe, list(classes)
         self.optimizer = optimizer_of(model, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
-        self.average = None
+        self.average: AveragedModel | None = None
         if recipe.ema is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
         self.step = 0
@@ -224,7 +229,7 @@ class Run:
     @property
     def trained(self) -> SSD:
         """The weights to use: the average where there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(SSD, self.average.module)
 
     def state(self) -> dict[str, Any]:
         """What :mod:`ssd_ext.checkpoint` writes; ``"model"`` is all that a detector needs."""
@@ -285,9 +290,9 @@ class Journal:
         self.out, self.run, self.batches, self.writes = out, run, batches, rank == 0
         self.steps = 0  # of this process, in this epoch
         self.since = time.perf_counter()
-        self.board = None
+        self.board: SummaryWriter | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Journal":
         """Open what is written to."""
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -297,7 +302,7 @@ class Journal:
         )
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         """Close it."""
         self.bar.close()
         if self.board:
@@ -311,18 +316,19 @@ class Journal:
         self.steps += 1
         self.bar.update()
         if self.writes and self.run.step % 20 == 0:
-            self.bar.set_postfix(loss=f"{sum(losses.values()).item():.3f}")
-            for name, value in losses.items() if self.board else ():
-                self.board.add_scalar(f"step/{name}", value, self.run.step)
+            self.bar.set_postfix(loss=f"{sum(value.item() for value in losses.values()):.3f}")
+            if self.board:
+                for name, value in losses.items():
+                    self.board.add_scalar(f"step/{name}", value, self.run.step)
 
-    def end_epoch(self, epoch: int, val_set=None) -> None:
+    def end_epoch(self, epoch: int, val_set: Dataset | None = None) -> None:
         """Note the epoch, with what is found on ``val_set`` if that is given, and write checkpoints."""
         run = self.run
         images_per_second = self.steps * self.batches.recipe.batch_size / (time.perf_counter() - self.since)
         if distributed.is_initialized():  # each rank's losses are its part of the batch's
-            for value in run.sums.values():
-                distributed.all_reduce(value)
-                value /= distributed.get_world_size()
+            for total in run.sums.values():
+                distributed.all_reduce(total)
+                total /= distributed.get_world_size()
             for buffer in run.trained.buffers():  # statistics of batch normalisation
                 distributed.broadcast(buffer, 0)
         entry = {name: (value / run.counted).item() for name, value in run.sums.items()}
@@ -339,16 +345,18 @@ class Journal:
                 for name, value in entry.items():
                     self.board.add_scalar(name, value, epoch)
                 if val_set is not None:
-                    self._add_pictures(epoch, val_set, found)
+                    self._add_pictures(self.board, epoch, val_set, found)
         if entry.get("mAP@0.5", -math.inf) > self.run.best:
             self.run.best = entry["mAP@0.5"]
             self.save(self.out / "best.pt")
         self.save(self.out / "last.pt")
         self.steps, self.since = 0, time.perf_counter()
 
-    def _add_pictures(self, epoch: int, val_set, found: list[dict[str, Tensor]], count: int = 4) -> None:
+    def _add_pictures(
+        self, board: "SummaryWriter", epoch: int, val_set: Dataset, found: list[dict[str, Tensor]], count: int = 4
+    ) -> None:
         for i in range(min(count, len(val_set))):
-            self.board.add_image(f"detections/{i}", draw(val_set[i][0], found[i], self.run.classes, 0.3), epoch)
+            board.add_image(f"detections/{i}", draw(val_set[i][0], found[i], self.run.classes, 0.3), epoch)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of the run as it is."""
@@ -356,7 +364,7 @@ class Journal:
             checkpoint.save(self.run.state(), path)
 
 
-def _summary_writer(out: Path):
+def _summary_writer(out: Path) -> "SummaryWriter | None":
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -364,7 +372,7 @@ def _summary_writer(out: Path):
     return SummaryWriter(out)
 
 
-def _check(model: SSD, train_set, val_set) -> None:
+def _check(model: SSD, train_set: Dataset, val_set: Dataset | None) -> None:
     if len(train_set) == 0:
         raise ValueError("the training set has no images")
     if any(getattr(dataset, "transform", None) is not None for dataset in (train_set, val_set)):
@@ -413,7 +421,9 @@ def plot_history(history: Sequence[dict[str, float]], path: str | Path) -> None:
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train_step(run: Run, network: nn.Module, images, targets: list[dict[str, Any]], rate: float) -> dict[str, Tensor]:
+def train_step(
+    run: Run, network: nn.Module, images: Images, targets: list[dict[str, Any]], rate: float
+) -> dict[str, Tensor]:
     """One step of the optimizer.
 
     Args:
@@ -455,11 +465,11 @@ def train_step(run: Run, network: nn.Module, images, targets: list[dict[str, Any
 
 def fit(
     model: SSD,
-    train_set,
+    train_set: Dataset,
     recipe: Recipe,
     out: str | Path,
     *,
-    val_set=None,
+    val_set: Dataset | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
     stop_at: int | None = None,
@@ -505,12 +515,12 @@ def fit(
     if resume and last.exists():
         run.resume(checkpoint.load(last), last)
     if ranks > 1:
-        steps = [None] * ranks
+        steps = [run.step] * ranks
         distributed.all_gather_object(steps, run.step)
         if len(set(steps)) > 1:
             raise ValueError(f"the ranks would go on from different steps, {steps}: {out} must be one folder for all")
     torch.backends.cudnn.deterministic = recipe.deterministic
-    network = model
+    network: nn.Module = model
     if ranks > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 

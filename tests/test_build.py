@@ -1,12 +1,16 @@
 """The build's own promises: what it asks of pip, what it ships, and how it fails."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ssd_ext import _C, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
@@ -128,3 +132,23 @@ def test_source_distribution_has_every_source(sources, tmp_path):
     for folder in ("csrc", "ssd_ext", "_build"):
         expected = {path.relative_to(sources) for path in (sources / folder).rglob("*") if path.is_file()}
         assert expected == {path.relative_to(tree) for path in (tree / folder).rglob("*") if path.is_file()}
+
+
+def types_of(function):
+    """Of the arguments, then of the result."""
+    arguments = function.args.posonlyargs + function.args.args
+    return [ast.unparse(t).lower() for t in (*(a.annotation for a in arguments), function.returns)]
+
+
+def test_stub_of_the_extension_is_shipped_and_true():
+    stub = ast.parse(Path(_C.__file__).with_name("_C.pyi").read_text())
+    described = {f.name: types_of(f) for f in stub.body if isinstance(f, ast.FunctionDef)}
+    names = {name for name in vars(_C) if not name.startswith("__")} - {"emulator"}
+    # pybind11 begins each docstring with the signature
+    signatures = [ast.parse(f"def {getattr(_C, name).__doc__.splitlines()[0]}: ...").body[0] for name in names]
+    assert described == {f.name: types_of(f) for f in signatures}
+
+
+def test_a_type_checker_reads_a_call_of_every_op():
+    text = (ROOT / "tests/public_types.py").read_text()
+    assert set(re.findall(r"assert_type\(ops\.(\w+)\(", text)) == set(ops.__all__)

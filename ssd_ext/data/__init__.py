@@ -6,6 +6,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 try:
     import torchvision  # noqa: F401
@@ -30,7 +31,9 @@ __all__ = [
 ]
 
 
-def load_dataset(path: str | Path, split: str | None = None, classes: list[str] | None = None, **options) -> Dataset:
+def load_dataset(
+    path: str | Path, split: str | None = None, classes: list[str] | None = None, **options: Any
+) -> Dataset:
     """Load a data set in either layout, checked.
 
     Args:

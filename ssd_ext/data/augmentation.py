@@ -1,6 +1,7 @@
 """SSD's augmentation, through torchvision.transforms.v2."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class _IoUCrop(v2.RandomIoUCrop):
     Leaves an image without objects as it is, as the Caffe code does.
     """
 
-    def make_params(self, flat_inputs):
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         boxes = next(entry for entry in flat_inputs if isinstance(entry, tv_tensors.BoundingBoxes))
         extent = torch.tensor(boxes.canvas_size[::-1])
         boxes = boxes.as_subclass(Tensor)
@@ -105,11 +106,11 @@ class _IoUCrop(v2.RandomIoUCrop):
                 }
 
 
-def _with_training_target(image: Tensor, target: dict, difficult: bool) -> tuple[Tensor, dict]:
+def _with_training_target(image: Tensor, target: dict[str, Any], difficult: bool) -> tuple[Tensor, dict[str, Any]]:
     return image, training_target(target, difficult)
 
 
-def _shrink(image: Tensor, target: dict, longest: int) -> tuple[Tensor, dict]:
+def _shrink(image: Tensor, target: dict[str, Any], longest: int) -> tuple[Tensor, dict[str, Any]]:
     height, width = image.shape[-2:]
     if max(height, width) <= longest:
         return image, target
@@ -117,6 +118,6 @@ def _shrink(image: Tensor, target: dict, longest: int) -> tuple[Tensor, dict]:
     return F.resize(image, size, antialias=True), target | {"boxes": F.resize(target["boxes"], size)}
 
 
-def _rows(sample: tuple[Tensor, dict]) -> list[Tensor]:
+def _rows(sample: tuple[Tensor, dict[str, Any]]) -> list[Tensor]:
     """What :class:`v2.SanitizeBoundingBoxes` filters along with the boxes."""
     return [sample[1][key] for key in PER_OBJECT if key != "boxes"]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from ssd_ext.data.dataset import Dataset, Object, Photo
 
 
 def load_coco(
-    path: str | Path, classes: list[str] | None = None, *, images: str | Path | None = None, **options
+    path: str | Path, classes: list[str] | None = None, *, images: str | Path | None = None, **options: Any
 ) -> Dataset:
     """Load a COCO JSON file ("instances") with the images beside it.
 
@@ -61,7 +62,7 @@ def coco_file(path: Path, split: str | None) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _read(path: Path):
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no annotation file {path}")
     try:
@@ -88,7 +89,7 @@ def _image_folder(path: Path, file_name: str) -> Path:
     raise FileNotFoundError(f"no image {file_name} of {path} in any of {', '.join(map(str, folders))}; give images=")
 
 
-def _photo(path: Path, folder: Path, coco, key: int, labels: dict[int, int], classes: list[str]) -> Photo:
+def _photo(path: Path, folder: Path, coco: Any, key: int, labels: dict[int, int], classes: list[str]) -> Photo:
     image = coco.imgs[key]
     objects = []
     for thing in coco.imgToAnns.get(key, []):

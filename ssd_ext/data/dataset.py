@@ -40,7 +40,7 @@ class Photo(NamedTuple):
     objects: list[Object]
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(torch.utils.data.Dataset[Any]):
     """Images with boxes; ``dataset[i]`` is ``(image, target)``, or what ``transform`` makes of them.
 
     ``image`` is uint8 RGB ``[3, h, w]``, see :func:`read_image`. ``target`` holds, for ``G >= 0`` objects:
@@ -81,13 +81,13 @@ class Dataset(torch.utils.data.Dataset):
         photos: Sequence[Photo],
         classes: Sequence[str],
         *,
-        category_ids: Sequence[int] | None = None,
+        category_ids: Sequence[int | None] | None = None,
         corners: Callable[[np.ndarray], np.ndarray],
         form: str,
         invalid: str = "error",
         check_images: bool = True,
-        transform: Callable[[Tensor, dict], Any] | None = None,
-    ):
+        transform: Callable[[Tensor, dict[str, Any]], Any] | None = None,
+    ) -> None:
         """Check everything."""
         if invalid not in ("error", "skip"):
             raise ValueError(f'invalid must be "error" or "skip": got {invalid!r}')
@@ -140,7 +140,7 @@ class Dataset(torch.utils.data.Dataset):
         image = read_image(self.paths[index], upright=self.upright[index])
         return self.transform(image, target) if self.transform else (image, target)
 
-    def target(self, index: int) -> dict:
+    def target(self, index: int) -> dict[str, Any]:
         """The target of an image, without reading it, not transformed."""
         index = range(len(self))[index]
         rows = slice(self.offsets[index], self.offsets[index + 1])
@@ -171,7 +171,7 @@ def read_image(path: str | Path | BinaryIO, *, upright: bool = True) -> tv_tenso
         return tv_tensors.Image(F.pil_to_tensor(_decode(image, upright)))
 
 
-def training_target(target: dict, difficult: bool = False) -> dict:
+def training_target(target: dict[str, Any], difficult: bool = False) -> dict[str, Any]:
     """A target without the objects to leave out of training: crowds, and difficult ones unless asked for.
 
     Args:
@@ -184,7 +184,7 @@ def training_target(target: dict, difficult: bool = False) -> dict:
     return target | kept
 
 
-def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[Tensor | list[Tensor], list[dict]]:
+def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor | list[Tensor], list[dict[str, Any]]]:
     """A batch for ``DataLoader(collate_fn=...)``, of plain tensors.
 
     Args:
@@ -242,7 +242,8 @@ def _inspect_all(photos: Sequence[Photo], decode: bool) -> tuple[list[tuple[int,
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{len(faults)} of {len(photos)} images cannot be used: {'; '.join(faults[:5])}{more}")
-    return [size for size, _ in found], [upright for _, upright in found]
+    usable = [entry for entry in found if not isinstance(entry, str)]
+    return [size for size, _ in usable], [upright for _, upright in usable]
 
 
 def _inspect(photo: Photo, decode: bool) -> tuple[tuple[int, int], bool]:
@@ -271,7 +272,7 @@ def _clip(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, dict[int, 
             (corners[:, 2:] - corners[:, :2]).min(1, initial=np.inf) for corners in (boxes, clipped.astype(np.float32))
         )
         beyond = np.abs(boxes - clipped).max(1, initial=0)
-    faults = {}
+    faults: dict[int, str] = {}
     for text, wrong in (  # the first that holds is told
         ("is not finite", ~np.isfinite(boxes).all(1)),
         ("is inverted", sides < 0),

@@ -2,6 +2,7 @@
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def load_voc(
     *,
     images: str | Path | None = None,
     one_based: bool = True,
-    **options,
+    **options: Any,
 ) -> Dataset:
     """Load a folder with ``Annotations/*.xml``, ``JPEGImages/`` and ``ImageSets/Main/<split>.txt``.
 
@@ -93,11 +94,12 @@ def _photo(file: Path, index: int, classes: list[str], images: Path, files: dict
     objects = [_object(file, number, thing, labels) for number, thing in enumerate(root.iterfind("object"), 1)]
     texts = [root.findtext(f"size/{side}") for side in ("width", "height")]
     try:
-        size = tuple(int(text or 0) for text in texts)
+        width, height = (int(text or 0) for text in texts)
     except ValueError:
         raise ValueError(f"{file}: the size {texts} is not two whole numbers") from None
     path = files.get(file.stem) or images / (root.findtext("filename") or f"{file.stem}.jpg").strip()
-    return Photo(file.stem, path, index, size if all(size) else None, file, objects)
+    size = (width, height) if width and height else None
+    return Photo(file.stem, path, index, size, file, objects)
 
 
 def _object(file: Path, number: int, thing: ET.Element, labels: dict[str, int]) -> Object:
@@ -106,7 +108,8 @@ def _object(file: Path, number: int, thing: ET.Element, labels: dict[str, int]) 
         raise ValueError(f"{file}: object {number} has the unknown class {name!r}; known are {', '.join(labels)}")
     texts = [thing.findtext(f"bndbox/{corner}") for corner in _CORNERS]
     try:
-        box = tuple(float(text) for text in texts)
-    except (TypeError, ValueError):
+        x1, y1, x2, y2 = (float(text or "") for text in texts)
+    except ValueError:
         raise ValueError(f"{file}: object {number} ({name}) has no box of four numbers: {texts}") from None
-    return Object(box, labels[name], difficult=(thing.findtext("difficult") or "").strip() == "1")
+    difficult = (thing.findtext("difficult") or "").strip() == "1"
+    return Object((x1, y1, x2, y2), labels[name], difficult=difficult)

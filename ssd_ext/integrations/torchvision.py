@@ -34,7 +34,7 @@ of your own, or images of several sizes in an SSD. ``torch.jit`` and export to O
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ except ImportError as _error:
 from ssd_ext import ops, unpad
 
 Model = TypeVar("Model", bound=nn.Module)
+# What torchvision passes: (h, w) of each image; its targets or detections
+Sizes = list[tuple[int, int]]
+Images = list[dict[str, Tensor]]
 
 
 def accelerate(model: Model) -> Model:
@@ -81,7 +84,7 @@ def accelerate(model: Model) -> Model:
     for part in parts:
         _refuse_own_methods(part)
     for part in parts:
-        part.__class__ = _class_on_ops(type(part))
+        part.__class__ = _class_on_ops(part.__class__)
     return model
 
 
@@ -107,7 +110,7 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _parts(model: nn.Module) -> list[nn.Module]:
+def _parts(model: nn.Module) -> list[Any]:
     """The modules whose methods are replaced."""
     if isinstance(model, FasterRCNN):
         for name, kind in (("rpn", RegionProposalNetwork), ("roi_heads", RoIHeads)):
@@ -135,14 +138,18 @@ def _refuse_own_methods(part: nn.Module) -> None:
 class _OnOps:
     """Base of the classes below, and so of those that :func:`_class_on_ops` makes."""
 
-    def __reduce_ex__(self, protocol):
+    _original: type  # torchvision's class, or one derived from it, that was replaced
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         # pickle and deepcopy cannot find a class that was made at run time
         return (_new, (type(self)._original,), *reduced[2:]) if _made_here(type(self)) else reduced
 
 
 class _SSD(_OnOps, SSD):
-    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
+    def compute_loss(
+        self, targets: Images, head_outputs: dict[str, Tensor], anchors: list[Tensor], matched_idxs: list[Tensor]
+    ) -> dict[str, Tensor]:
         coding = _coding(self.box_coder)
         if not (coding and type(self.anchor_generator) is DefaultBoxGenerator and _whole(self.neg_to_pos_ratio)):
             return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
@@ -161,8 +168,11 @@ class _SSD(_OnOps, SSD):
         )
         return {"bbox_regression": loc, "classification": conf}
 
-    def postprocess_detections(self, head_outputs, image_anchors, image_shapes):
-        if not (_detect_suits(self, DefaultBoxGenerator) and len(set(image_shapes)) == 1):
+    def postprocess_detections(
+        self, head_outputs: dict[str, Tensor], image_anchors: list[Tensor], image_shapes: Sizes
+    ) -> Images:
+        coding = _coding(self.box_coder)
+        if not (coding and _detect_suits(self, DefaultBoxGenerator) and len(set(image_shapes)) == 1):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         logits = head_outputs["cls_logits"]
         height, width = image_shapes[0]
@@ -175,21 +185,26 @@ class _SSD(_OnOps, SSD):
             self.topk_candidates,
             min(self.detections_per_img, logits[0].numel()),
             window=(0, 0, width, height),
-            **_coding(self.box_coder),
+            **coding,
         )
         return unpad(*found)
 
 
 class _RetinaNet(_OnOps, RetinaNet):
-    def compute_loss(self, targets, head_outputs, anchors):
+    def compute_loss(
+        self, targets: Images, head_outputs: dict[str, list[Tensor]], anchors: list[Tensor]
+    ) -> dict[str, Tensor]:
         matches = [
             _match(self.proposal_matcher, target["boxes"], of_image)
             for target, of_image in zip(targets, anchors, strict=False)
         ]
         return self.head.compute_loss(targets, head_outputs, anchors, matches)
 
-    def postprocess_detections(self, head_outputs, anchors, image_shapes):
-        if not _detect_suits(self, AnchorGenerator):
+    def postprocess_detections(
+        self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
+    ) -> Images:
+        coding = _coding(self.box_coder)
+        if not (coding and _detect_suits(self, AnchorGenerator)):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         levels = []
         for deltas, logits, of_level in zip(
@@ -207,7 +222,7 @@ class _RetinaNet(_OnOps, RetinaNet):
                     best,
                     best,
                     activation="sigmoid",
-                    **_coding(self.box_coder),
+                    **coding,
                 )
             )
         boxes, scores, labels = (torch.cat(of_levels, 1) for of_levels in list(zip(*levels, strict=True))[:3])
@@ -219,7 +234,9 @@ class _RetinaNet(_OnOps, RetinaNet):
 
 
 class _FCOS(_OnOps, FCOS):
-    def postprocess_detections(self, head_outputs, anchors, image_shapes):
+    def postprocess_detections(
+        self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
+    ) -> Images:
         if not 0 <= self.nms_thresh <= 1:
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         found = []
@@ -243,7 +260,7 @@ class _FCOS(_OnOps, FCOS):
 
 
 class _RPN(_OnOps, RegionProposalNetwork):
-    def assign_targets_to_anchors(self, anchors, targets):
+    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: Images) -> tuple[list[Tensor], list[Tensor]]:
         if self.box_similarity is not box_iou:
             return super().assign_targets_to_anchors(anchors, targets)
         labels, matched_boxes = [], []
@@ -253,7 +270,9 @@ class _RPN(_OnOps, RegionProposalNetwork):
             matched_boxes.append(_padded(target["boxes"])[matched.clamp(min=0)])
         return labels, matched_boxes
 
-    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+    def filter_proposals(
+        self, proposals: Tensor, objectness: Tensor, image_shapes: Sizes, num_anchors_per_level: list[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if not 0 <= self.nms_thresh <= 1:
             return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
         objectness = objectness.detach().reshape(len(proposals), -1)
@@ -274,7 +293,9 @@ class _RPN(_OnOps, RegionProposalNetwork):
 
 
 class _RoIHeads(_OnOps, RoIHeads):
-    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         matched_idxs, labels = [], []
         for of_image, boxes, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
             matched = _match(self.proposal_matcher, boxes, of_image)
@@ -283,7 +304,9 @@ class _RoIHeads(_OnOps, RoIHeads):
             labels.append(torch.where(matched >= 0, _padded(classes)[matched_idxs[-1]], matched + 1))
         return matched_idxs, labels
 
-    def postprocess_detections(self, class_logits, box_regression, proposals, image_shapes):
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         if not (type(self.box_coder) is BoxCoder and 0 <= self.nms_thresh <= 1):
             return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         counts = [len(of_image) for of_image in proposals]
@@ -299,7 +322,11 @@ class _RoIHeads(_OnOps, RoIHeads):
             boxes = clip_boxes_to_image(boxes, shape)
             large = remove_small_boxes(boxes, 1e-2)
             found.append(_detections(self, boxes[large], score[rows, labels][large], labels[large]))
-        return tuple([of_image[key] for of_image in found] for key in ("boxes", "scores", "labels"))
+        return (
+            [of_image["boxes"] for of_image in found],
+            [of_image["scores"] for of_image in found],
+            [of_image["labels"] for of_image in found],
+        )
 
 
 _REPLACEMENTS = (_SSD, _RetinaNet, _FCOS, _RPN, _RoIHeads)
@@ -310,7 +337,7 @@ def _replacement(original: type) -> type:
 
 
 @cache
-def _class_on_ops(original: type) -> type:
+def _class_on_ops(original: type) -> type[nn.Module]:
     names = {"__doc__": original.__doc__, "_original": original}
     return type(original.__name__, (_replacement(original), original), names)
 
@@ -325,7 +352,7 @@ def _new(original: type) -> nn.Module:
     return made.__new__(made)
 
 
-def _coding(coder: object) -> dict | None:
+def _coding(coder: Any) -> dict[str, Any] | None:
     """The arguments by which ops decode as ``coder`` does; None where they cannot."""
     if type(coder) is not BoxCoder:
         return None
@@ -334,10 +361,9 @@ def _coding(coder: object) -> dict | None:
 
 
 def _detect_suits(model: SSD | RetinaNet, generator: type) -> bool:
-    """Whether ``detect`` takes the settings, and all images have the same anchors, which it expects."""
+    """Whether ``detect`` takes the thresholds and counts, and all images have the same anchors, which it expects."""
     return (
         type(model.anchor_generator) is generator
-        and _coding(model.box_coder) is not None
         and 0 <= model.score_thresh <= 1
         and 0 <= model.nms_thresh <= 1
         and min(model.topk_candidates, model.detections_per_img) >= 1
@@ -368,7 +394,7 @@ def _match(matcher: Callable[[Tensor], Tensor], gt_boxes: Tensor, anchors: Tenso
     return matcher(iou.masked_fill_(gt_boxes.isnan().any(1, keepdim=True), torch.nan))
 
 
-def _detections(model: nn.Module, boxes: Tensor, scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _detections(model: RetinaNet | FCOS | RoIHeads, boxes: Tensor, scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Of an image's candidates those that NMS keeps, the best first."""
     keep = ops.batched_nms(boxes, scores, labels, model.nms_thresh)[: model.detections_per_img]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}

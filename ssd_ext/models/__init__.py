@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 try:
     import torchvision as _  # noqa: F401
@@ -21,10 +22,19 @@ from ssd_ext.priors import PriorSpec
 MODELS: dict[str, Callable[..., SSD]] = {
     builder.__name__: builder for builder in (ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2)
 }
-__all__ = ["MODELS", "SSD", "LoadReport", "create", "load_weights", *sorted(MODELS)]
+__all__ = [
+    "MODELS",
+    "SSD",
+    "LoadReport",
+    "create",
+    "load_weights",
+    "ssd300_vgg16",
+    "ssd512_vgg16",
+    "ssdlite320_mobilenet_v2",
+]
 
 
-def create(name: str, **kwargs) -> SSD:
+def create(name: str, **kwargs: Any) -> SSD:
     """The model of that name, one of ``MODELS``; keywords go to its builder.
 
     ``create(**model.architecture)`` builds a model again, with new weights.

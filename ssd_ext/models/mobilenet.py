@@ -1,6 +1,7 @@
 """SSDLite on MobileNetV2, for CPUs."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
@@ -23,7 +24,7 @@ class MobileNetV2(nn.Module):
     Source: Sandler et al., MobileNetV2 (2018), section 6.2.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Kaiming's weights in MobileNetV2, as torchvision's; normal ones in the extra levels."""
         super().__init__()
         # eps stays that of the ImageNet weights: with 0.001, as in torchvision's SSDLite on MobileNetV3, they
@@ -86,7 +87,7 @@ def ssdlite320_mobilenet_v2(
     backbone_weights: Source | None = None,
     image_size: tuple[int, int] = (320, 320),
     priors: PriorSpec = SSDLITE320,
-    **settings,
+    **settings: Any,
 ) -> SSD:
     """SSDLite on MobileNetV2. Training needs two images or more in a batch, for batch normalisation.
 

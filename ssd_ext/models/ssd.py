@@ -1,7 +1,8 @@
 """SSD around any backbone: heads, loss from images and targets, detections from images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CAFFE_MEAN, CAFFE_STD = (0.48235, 0.45882, 0.40784), (1 / 255,) * 3
 
 Images = Sequence[Tensor] | Tensor
-Targets = Sequence[dict[str, Tensor]]
+Targets = Sequence[Mapping[str, Tensor]]
 
 
 def conv3x3_head(channels: int, outputs: int) -> nn.Module:
@@ -31,7 +32,8 @@ def xavier_(module: nn.Module) -> None:
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
 
 class SSD(nn.Module):
@@ -71,6 +73,11 @@ class SSD(nn.Module):
     Source: Liu et al., SSD (2016), section 2.
     """
 
+    prior_boxes: Tensor
+    extent: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -95,7 +102,7 @@ class SSD(nn.Module):
         self.name = name
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background and must be 2 or more, got {num_classes}")
-        self.image_size = tuple(image_size or priors.image_size)
+        self.image_size = cast("tuple[int, int]", tuple(image_size or priors.image_size))
         self.num_classes = num_classes
         shapes = _map_shapes(backbone, self.image_size)
         found, sizes = [c for c, _, _ in shapes], tuple((rows, columns) for _, rows, columns in shapes)
@@ -127,7 +134,7 @@ class SSD(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @property
-    def architecture(self) -> dict:
+    def architecture(self) -> dict[str, Any]:
         """What :func:`ssd_ext.models.create` takes to build this detector again, in plain values."""
         return {
             "name": self.name,
@@ -226,6 +233,12 @@ class SSD(nn.Module):
         extent = self.extent if sizes is None else _extent(sizes)
         return boxes * extent.to(boxes)[:, None], scores, labels, counts
 
+    @overload
+    def forward(self, images: Images, targets: None = None) -> list[dict[str, Tensor]]: ...
+
+    @overload
+    def forward(self, images: Images, targets: Targets) -> dict[str, Tensor]: ...
+
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """The losses where there are targets, else the detections.
 
@@ -251,6 +264,9 @@ class SSD(nn.Module):
         if targets is None:
             return unpad(*self.predict(batch, sizes))
         return self.losses(*self.heads(batch), targets, sizes)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's is of any arguments and any result
 
     def losses(self, deltas: Tensor, logits: Tensor, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
         """The losses from what :meth:`heads` gave.
@@ -320,4 +336,4 @@ def _map_shapes(backbone: nn.Module, image_size: tuple[int, int]) -> list[tuple[
         maps = torch.func.functional_call(backbone, state, torch.empty(2, 3, *image_size, device="meta"))
     except RuntimeError as error:
         raise ValueError(f"image_size {image_size} does not suit the backbone: {error}") from error
-    return [tuple(x.shape[1:]) for x in maps]
+    return [(channels, rows, columns) for _, channels, rows, columns in (x.shape for x in maps)]

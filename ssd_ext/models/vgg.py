@@ -1,5 +1,7 @@
 """SSD300 and SSD512 on VGG16, as in the paper."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +73,8 @@ def _features() -> nn.Sequential:
 
 def _kaiming(conv: nn.Conv2d) -> nn.Conv2d:
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -92,7 +95,7 @@ def ssd300_vgg16(
     backbone_weights: Source | None = None,
     image_size: tuple[int, int] = (300, 300),
     priors: PriorSpec = SSD300_COCO,
-    **settings,
+    **settings: Any,
 ) -> SSD:
     """SSD300 of the paper, as torchvision's ``ssd300_vgg16`` builds it.
 
@@ -121,7 +124,7 @@ def ssd512_vgg16(
     backbone_weights: Source | None = None,
     image_size: tuple[int, int] = (512, 512),
     priors: PriorSpec = SSD512_COCO,
-    **settings,
+    **settings: Any,
 ) -> SSD:
     """SSD512: :func:`ssd300_vgg16` with one level more.
 
@@ -142,7 +145,15 @@ def ssd512_vgg16(
     return _ssd_vgg16(VGG16(SSD512_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
 
 
-def _ssd_vgg16(backbone, priors, num_classes, weights, backbone_weights, image_size, settings) -> SSD:
+def _ssd_vgg16(
+    backbone: VGG16,
+    priors: PriorSpec,
+    num_classes: int,
+    weights: Source | None,
+    backbone_weights: Source | None,
+    image_size: tuple[int, int],
+    settings: dict[str, Any],
+) -> SSD:
     settings = {"mean": CAFFE_MEAN, "std": CAFFE_STD, **settings}
     model = SSD(backbone, backbone.channels, priors, num_classes, image_size=image_size, **settings)
     return load_into(model, weights, backbone_weights)

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ssd_ext import checkpoint
 from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, IMAGENET_MEAN, IMAGENET_STD, SSD
 from ssd_ext.priors import SSD300_VOC_RELEASED
 
-Source = str | os.PathLike | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # What a VGG16's first convolution was trained on: order of the channels, mean and std as RGB in 0..1.
 CONVENTIONS = {
@@ -55,7 +55,7 @@ class _Layout:
 
     name: str
     marker: str
-    rules: Sequence[tuple[str, str | Callable[[re.Match], str]]]
+    rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
     detector: bool = True
     convention: str | None = None  # None: the model's own
 
@@ -241,11 +241,11 @@ def _fit(
     return ours, skipped
 
 
-def _some(items, separator: str = ", ") -> str:
+def _some(items: Iterable[object], separator: str = ", ") -> str:
     """A few of them, and how many more."""
-    items = list(map(str, items))
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return separator.join(items[:4]) + more or "none"
+    texts = list(map(str, items))
+    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return separator.join(texts[:4]) + more or "none"
 
 
 def _convention(layout: _Layout, ours: dict[str, Tensor]) -> str | None:
@@ -261,15 +261,15 @@ def _convention(layout: _Layout, ours: dict[str, Tensor]) -> str | None:
 def _convert(ours: dict[str, Tensor], convention: str, model: SSD, where: str) -> None:
     """Make the first convolution of ``ours`` take the model's input: its order, scale and mean."""
     weight, bias = (ours.get(f"backbone.features.0.{name}") for name in ("weight", "bias"))
-    if bias is None:
+    if weight is None or bias is None:
         raise ValueError(f"{where}: convention={convention!r} is for a VGG16")
-    order, mean, std = CONVENTIONS[convention]
-    mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    order, *statistics = CONVENTIONS[convention]
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in statistics)
     weight = weight.double().flip(1) if order == "BGR" else weight.double()
-    per_colour = weight / std.view(3, 1, 1)
+    per_colour = weight / std
     model_mean, model_std = (t.double().cpu() for t in (model.mean, model.std))
     ours["backbone.features.0.weight"] = per_colour * model_std
-    ours["backbone.features.0.bias"] = bias.double() + (per_colour * (model_mean - mean.view(3, 1, 1))).sum((1, 2, 3))
+    ours["backbone.features.0.bias"] = bias.double() + (per_colour * (model_mean - mean)).sum((1, 2, 3))
 
 
 def _warn_of_priors(layout: _Layout, model: SSD) -> None:

@@ -1,11 +1,12 @@
 """Box coding and overlap: encode, decode, box_iou."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, call, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
 
 DEFAULT_CLIP = math.log(1000 / 16)
 
@@ -34,7 +35,8 @@ def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1,
 
     Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.encode``.
     """
-    return call(torch.ops.ssd_ext.encode.default, boxes, priors, list(variances))
+    deltas: Tensor = call(torch.ops.ssd_ext.encode.default, boxes, priors, list(variances))
+    return deltas
 
 
 def decode(
@@ -63,7 +65,8 @@ def decode(
 
     Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.decode``.
     """
-    return call(torch.ops.ssd_ext.decode.default, deltas, priors, list(variances), clip)
+    boxes: Tensor = call(torch.ops.ssd_ext.decode.default, deltas, priors, list(variances), clip)
+    return boxes
 
 
 def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
@@ -86,40 +89,41 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 
     Source: Everingham et al., PASCAL VOC (2010), section 4.2; torchvision's ``box_iou``.
     """
-    return call(torch.ops.ssd_ext.box_iou.default, boxes_a, boxes_b)
+    iou: Tensor = call(torch.ops.ssd_ext.box_iou.default, boxes_a, boxes_b)
+    return iou
 
 
-@torch.library.register_fake("ssd_ext::encode")
-def _(boxes, priors, variances):
+@fake("encode")
+def _(boxes: Tensor, priors: Tensor, variances: list[float]) -> Tensor:
     return torch.empty(boxes.shape, dtype=boxes.dtype, device=boxes.device)
 
 
-@torch.library.register_fake("ssd_ext::decode")
-def _(deltas, priors, variances, clip):
+@fake("decode")
+def _(deltas: Tensor, priors: Tensor, variances: list[float], clip: float) -> Tensor:
     return torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
 
 
-@torch.library.register_fake("ssd_ext::box_iou")
-def _(boxes_a, boxes_b):
+@fake("box_iou")
+def _(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return boxes_a.new_empty(boxes_a.shape[0], boxes_b.shape[0])
 
 
-def _keep_inputs(ctx, inputs, output):
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, priors, *ctx.constants = inputs
     ctx.save_for_backward(rows, priors)
 
 
-def _refuse_prior_gradient(ctx, op):
+def _refuse_prior_gradient(ctx: Any, op: str) -> None:
     if ctx.needs_input_grad[1]:
         raise RuntimeError(f"ssd_ext::{op} has no gradient for priors: they are constants (pass priors.detach())")
 
 
-def _widened(*tensors):
+def _widened(*tensors: Tensor) -> list[Tensor]:
     """Halves as float32, in which the ops compute them."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
-def _encode_backward(ctx, grad):
+def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     _refuse_prior_gradient(ctx, "encode")
     dtype = grad.dtype
     boxes, priors, grad = _widened(*ctx.saved_tensors, grad)
@@ -130,7 +134,7 @@ def _encode_backward(ctx, grad):
     return torch.cat([center - size, center + size], -1).to(dtype), None, None
 
 
-def _decode_backward(ctx, grad):
+def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     _refuse_prior_gradient(ctx, "decode")
     dtype = grad.dtype
     deltas, priors, grad = _widened(*ctx.saved_tensors, grad)

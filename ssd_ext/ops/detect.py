@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, call, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
 from ssd_ext.ops.boxes import DEFAULT_CLIP
 
 _SIGMOID = {"softmax": False, "sigmoid": True}
@@ -79,7 +79,7 @@ def detect(
     """
     if activation not in _SIGMOID:
         raise ValueError(f"ssd_ext::detect: activation must be 'softmax' or 'sigmoid', got {activation!r}")
-    return call(
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = call(
         torch.ops.ssd_ext.detect.default,
         deltas,
         logits,
@@ -94,6 +94,7 @@ def detect(
         class_agnostic,
         None if window is None else list(window),
     )
+    return found
 
 
 def unpad(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
@@ -113,21 +114,21 @@ def unpad(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list
     ]
 
 
-@torch.library.register_fake("ssd_ext::detect")
+@fake("detect")
 def _(
-    deltas,
-    logits,
-    priors,
-    score_threshold,
-    iou_threshold,
-    topk_per_class,
-    max_detections,
-    sigmoid,
-    variances,
-    clip,
-    class_agnostic,
-    window,
-):
+    deltas: Tensor,
+    logits: Tensor,
+    priors: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    topk_per_class: int,
+    max_detections: int,
+    sigmoid: bool,
+    variances: list[float],
+    clip: float,
+    class_agnostic: bool,
+    window: list[float] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = logits.shape[0], max_detections
     labels = logits.new_empty(shape, dtype=torch.int64)
     return logits.new_empty(*shape, 4), logits.new_empty(shape), labels, labels.new_empty(shape[0])

@@ -1,11 +1,12 @@
 """Matching of priors with ground truth: match, assign_targets."""
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, call, no_gradient, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, fake, no_gradient, refuse_gradient
 
 FORCE = {"none": 0, "last": 1, "bipartite": 2}
 
@@ -58,7 +59,7 @@ def match(
     """
     boxes, offsets = _rows(gt_boxes, priors)
     low = iou_threshold if low_threshold is None else low_threshold
-    matches = torch.ops.ssd_ext.match.default(boxes, offsets, priors, iou_threshold, low, _force(force))
+    matches: Tensor = torch.ops.ssd_ext.match.default(boxes, offsets, priors, iou_threshold, low, _force(force))
     if validate:
         _validate(boxes, None, offsets, None)
     return matches
@@ -107,7 +108,7 @@ def assign_targets(
     boxes, offsets = _rows(gt_boxes, priors)
     labels = _labels(gt_labels, gt_boxes, boxes)
     low = iou_threshold if low_threshold is None else low_threshold
-    targets = call(
+    targets: tuple[Tensor, Tensor] = call(
         torch.ops.ssd_ext.assign_targets.default,
         boxes,
         labels,
@@ -129,7 +130,7 @@ def _force(force: str) -> int:
     return FORCE[force]
 
 
-def _is_pair(value) -> bool:
+def _is_pair(value: Any) -> TypeGuard[tuple[Tensor, Tensor]]:
     return isinstance(value, tuple) and len(value) == 2 and not value[1].is_floating_point()
 
 
@@ -142,7 +143,7 @@ def _rows(gt_boxes: Ragged, like: Tensor) -> tuple[Tensor, Tensor]:
     if _is_pair(gt_boxes):
         return gt_boxes
     offsets = [0]
-    images = []
+    images: list[Tensor] = []
     for b, boxes in enumerate(gt_boxes):
         if boxes.dim() == 1 and boxes.shape[0] == 0:
             boxes = boxes.reshape(0, 4)
@@ -158,7 +159,7 @@ def _rows(gt_boxes: Ragged, like: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.tensor(offsets).to(rows.device, non_blocking=True)
 
 
-def _labels(gt_labels, gt_boxes: Ragged, rows: Tensor) -> Tensor:
+def _labels(gt_labels: Sequence[Tensor] | Tensor, gt_boxes: Ragged, rows: Tensor) -> Tensor:
     """[G] labels that go with ``rows``."""
     if isinstance(gt_labels, Tensor):
         if not _is_pair(gt_boxes):
@@ -209,13 +210,24 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-@torch.library.register_fake("ssd_ext::match")
-def _(gt_boxes, offsets, priors, iou_threshold, low_threshold, force):
+@fake("match")
+def _(
+    gt_boxes: Tensor, offsets: Tensor, priors: Tensor, iou_threshold: float, low_threshold: float, force: int
+) -> Tensor:
     return offsets.new_empty(offsets.shape[0] - 1, priors.shape[0])
 
 
-@torch.library.register_fake("ssd_ext::assign_targets")
-def _(gt_boxes, gt_labels, offsets, priors, iou_threshold, low_threshold, force, variances):
+@fake("assign_targets")
+def _(
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    offsets: Tensor,
+    priors: Tensor,
+    iou_threshold: float,
+    low_threshold: float,
+    force: int,
+    variances: list[float],
+) -> tuple[Tensor, Tensor]:
     labels = offsets.new_empty(offsets.shape[0] - 1, priors.shape[0])
     return labels, gt_boxes.new_empty(*labels.shape, 4)
 

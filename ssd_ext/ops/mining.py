@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, no_gradient
+from ssd_ext.ops._library import autocast_to_float32, fake, no_gradient
 
 
 def hard_negatives(loss: Tensor, labels: Tensor, ratio: float = 3.0, min_negatives: int = 0) -> Tensor:
@@ -32,11 +32,12 @@ def hard_negatives(loss: Tensor, labels: Tensor, ratio: float = 3.0, min_negativ
     Source: Liu et al., SSD (2016), section 2.2, hard negative mining; torchvision's
     ``SSD.compute_loss``, which marks a positive again as a negative when negatives run out.
     """
-    return torch.ops.ssd_ext.hard_negatives.default(loss, labels, ratio, min_negatives)
+    mask: Tensor = torch.ops.ssd_ext.hard_negatives.default(loss, labels, ratio, min_negatives)
+    return mask
 
 
-@torch.library.register_fake("ssd_ext::hard_negatives")
-def _(loss, labels, ratio, min_negatives):
+@fake("hard_negatives")
+def _(loss: Tensor, labels: Tensor, ratio: float, min_negatives: int) -> Tensor:
     return torch.empty(loss.shape, dtype=torch.bool, device=loss.device)
 
 

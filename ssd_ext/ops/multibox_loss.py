@@ -1,9 +1,11 @@
 """The training loss of SSD: multibox_loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import call, refuse_gradient
+from ssd_ext.ops._library import call, fake, refuse_gradient
 
 NORMALIZE = ("batch", "image")
 
@@ -73,6 +75,8 @@ def multibox_loss(
     which counts positives twice where an image has fewer negatives than it asks for: not so here.
     """
     check_normalize(normalize)
+    loc: Tensor
+    conf: Tensor
     loc, conf, _, _ = call(
         torch.ops.ssd_ext.multibox_loss.default,
         deltas,
@@ -98,8 +102,18 @@ def _computed_in(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("ssd_ext::multibox_loss")
-def _(deltas, logits, target_deltas, labels, ratio, min_negatives, alpha, beta, per_image):
+@fake("multibox_loss")
+def _(
+    deltas: Tensor,
+    logits: Tensor,
+    target_deltas: Tensor,
+    labels: Tensor,
+    ratio: float,
+    min_negatives: int,
+    alpha: float,
+    beta: float,
+    per_image: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ranks = torch.int64 if logits.dtype == torch.float64 else torch.int32
     return (
         deltas.new_empty((), dtype=_computed_in(deltas)),
@@ -109,17 +123,25 @@ def _(deltas, logits, target_deltas, labels, ratio, min_negatives, alpha, beta, 
     )
 
 
-@torch.library.register_fake("ssd_ext::multibox_loss_logits_gradient")
-def _(grad_conf, logits, labels, ranks, divisors):
+@fake("multibox_loss_logits_gradient")
+def _(grad_conf: Tensor, logits: Tensor, labels: Tensor, ranks: Tensor, divisors: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake("ssd_ext::multibox_loss_deltas_gradient")
-def _(grad_loc, deltas, target_deltas, labels, divisors, alpha, beta):
+@fake("multibox_loss_deltas_gradient")
+def _(
+    grad_loc: Tensor,
+    deltas: Tensor,
+    target_deltas: Tensor,
+    labels: Tensor,
+    divisors: Tensor,
+    alpha: float,
+    beta: float,
+) -> Tensor:
     return torch.empty_like(deltas)
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     deltas, logits, target_deltas, labels, _, _, alpha, beta, _ = inputs
     _, _, ranks, divisors = output
     ctx.save_for_backward(deltas, logits, target_deltas, labels, ranks, divisors)
@@ -127,7 +149,7 @@ def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loc, grad_conf, *_):
+def _backward(ctx: Any, grad_loc: Tensor | None, grad_conf: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs_deltas, needs_logits, needs_targets, *_ = ctx.needs_input_grad
     if needs_targets:
         raise RuntimeError(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, define, no_gradient
+from ssd_ext.ops._library import autocast_to_float32, define, fake, no_gradient
 
 define(
     "nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor",
@@ -33,7 +33,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Source: torchvision's ``nms``.
     """
-    return torch.ops.ssd_ext.nms.default(boxes, scores, None, iou_threshold)
+    keep: Tensor = torch.ops.ssd_ext.nms.default(boxes, scores, None, iou_threshold)
+    return keep
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -57,7 +58,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """
     if idxs is None:
         raise ValueError("idxs must be [N] int64, got None; nms takes boxes of one class")
-    return torch.ops.ssd_ext.nms.default(boxes, scores, idxs, iou_threshold)
+    keep: Tensor = torch.ops.ssd_ext.nms.default(boxes, scores, idxs, iou_threshold)
+    return keep
 
 
 def nms_padded(
@@ -80,16 +82,17 @@ def nms_padded(
 
     Source: as :func:`nms`.
     """
-    return torch.ops.ssd_ext.nms_padded.default(boxes, scores, idxs, iou_threshold)
+    kept: tuple[Tensor, Tensor] = torch.ops.ssd_ext.nms_padded.default(boxes, scores, idxs, iou_threshold)
+    return kept
 
 
-@torch.library.register_fake("ssd_ext::nms")
-def _(boxes, scores, idxs, iou_threshold):
+@fake("nms")
+def _(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-@torch.library.register_fake("ssd_ext::nms_padded")
-def _(boxes, scores, idxs, iou_threshold):
+@fake("nms_padded")
+def _(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> tuple[Tensor, Tensor]:
     return boxes.new_empty(boxes.shape[0], dtype=torch.int64), boxes.new_empty((), dtype=torch.int64)
 
 

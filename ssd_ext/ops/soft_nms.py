@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import autocast_to_float32, call, define, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, define, fake, refuse_gradient
 
 _METHODS = {"linear": 0, "gaussian": 1}
 
@@ -60,7 +60,10 @@ def soft_nms(
     :func:`ssd_ext.ops.nms`, strictly above it.
     """
     number = _method_number("soft_nms", method)
-    return call(torch.ops.ssd_ext.soft_nms.default, boxes, scores, iou_threshold, sigma, score_threshold, number)
+    taken: tuple[Tensor, Tensor] = call(
+        torch.ops.ssd_ext.soft_nms.default, boxes, scores, iou_threshold, sigma, score_threshold, number
+    )
+    return taken
 
 
 def soft_nms_padded(
@@ -94,7 +97,10 @@ def soft_nms_padded(
     Source: as :func:`soft_nms`.
     """
     number = _method_number("soft_nms_padded", method)
-    return call(torch.ops.ssd_ext.soft_nms_padded.default, boxes, scores, iou_threshold, sigma, score_threshold, number)
+    taken: tuple[Tensor, Tensor, Tensor] = call(
+        torch.ops.ssd_ext.soft_nms_padded.default, boxes, scores, iou_threshold, sigma, score_threshold, number
+    )
+    return taken
 
 
 define(
@@ -105,14 +111,18 @@ define(
 )
 
 
-@torch.library.register_fake("ssd_ext::soft_nms")
-def _(boxes, scores, iou_threshold, sigma, score_threshold, method):
+@fake("soft_nms")
+def _(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, sigma: float, score_threshold: float, method: int
+) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty(count, dtype=torch.int64), scores.new_empty(count)
 
 
-@torch.library.register_fake("ssd_ext::soft_nms_padded")
-def _(boxes, scores, iou_threshold, sigma, score_threshold, method):
+@fake("soft_nms_padded")
+def _(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, sigma: float, score_threshold: float, method: int
+) -> tuple[Tensor, Tensor, Tensor]:
     n = boxes.shape[0]
     return boxes.new_empty(n, dtype=torch.int64), scores.new_empty(n), boxes.new_empty((), dtype=torch.int64)
 

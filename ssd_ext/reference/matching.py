@@ -1,21 +1,23 @@
 """Matching of priors with ground truth in plain PyTorch."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ssd_ext.reference.boxes import area, box_iou, encode
 
+if TYPE_CHECKING:
+    from ssd_ext.ops.matching import Ragged
 
-def _images(gt_boxes, gt_labels=None):
-    """[(boxes, labels or None)] an image, from either form of ragged ground truth."""
+
+def _images(gt_boxes: "Ragged") -> list[Tensor]:
+    """``[G, 4]`` of each image, from either form of ragged ground truth."""
     if isinstance(gt_boxes, tuple) and len(gt_boxes) == 2 and not gt_boxes[1].is_floating_point():
         rows, offsets = gt_boxes
-        sizes = offsets.diff().tolist()
-        gt_boxes = rows.split(sizes)
-        gt_labels = None if gt_labels is None else gt_labels.split(sizes)
-    if gt_labels is None:
-        gt_labels = [None] * len(gt_boxes)
-    return [(boxes.reshape(-1, 4), labels) for boxes, labels in zip(gt_boxes, gt_labels, strict=True)]
+        gt_boxes = rows.split(offsets.diff().tolist())
+    return [boxes.reshape(-1, 4) for boxes in gt_boxes]
 
 
 def _corners(priors: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def _claims(iou: Tensor, force: str) -> list[tuple[int, int]]:
 
 
 def match(
-    gt_boxes,
+    gt_boxes: "Ragged",
     priors: Tensor,
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
@@ -55,7 +57,7 @@ def match(
     low = iou_threshold if low_threshold is None else low_threshold
     corners = _corners(priors)
     rows = []
-    for boxes, _ in _images(gt_boxes):
+    for boxes in _images(gt_boxes):
         row = torch.full((len(priors),), -1, dtype=torch.int64, device=priors.device)
         if len(boxes) and len(priors):
             iou = torch.where(_valid(boxes)[:, None], box_iou(boxes, corners), -1)
@@ -68,8 +70,8 @@ def match(
 
 
 def assign_targets(
-    gt_boxes,
-    gt_labels,
+    gt_boxes: "Ragged",
+    gt_labels: Sequence[Tensor] | Tensor,
     priors: Tensor,
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
@@ -80,7 +82,9 @@ def assign_targets(
     matches = match(gt_boxes, priors, iou_threshold, low_threshold, force)
     labels = torch.where(matches == -2, -1, 0)
     deltas = priors.new_zeros(*matches.shape, 4)
-    for b, (boxes, classes) in enumerate(_images(gt_boxes, gt_labels)):
+    images = _images(gt_boxes)
+    of_images = gt_labels.split([len(boxes) for boxes in images]) if isinstance(gt_labels, Tensor) else gt_labels
+    for b, (boxes, classes) in enumerate(zip(images, of_images, strict=True)):
         positive = (matches[b] >= 0).nonzero().flatten()
         matched = matches[b, positive]
         labels[b, positive] = classes[matched]
