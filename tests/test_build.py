@@ -152,3 +152,12 @@ def test_stub_of_the_extension_is_shipped_and_true():
 def test_a_type_checker_reads_a_call_of_every_op():
     text = (ROOT / "tests/public_types.py").read_text()
     assert set(re.findall(r"assert_type\(ops\.(\w+)\(", text)) == set(ops.__all__)
+
+
+def test_pre_commit_has_the_versions_of_ci():
+    pins = [
+        re.findall(r"([\w-]+)==([\w.]+)", (ROOT / f).read_text()) for f in (".ci/lint.txt", ".pre-commit-config.yaml")
+    ]
+    in_ci, in_hooks = map(set, pins)
+    assert {"ruff", "clang-format"} <= dict(in_hooks).keys()
+    assert in_hooks == {(tool, version) for tool, version in in_ci if tool != "mypy"}, "mypy is the environment's own"
