@@ -24,15 +24,25 @@ from progress import pytest_addoption, pytest_configure  # noqa: E402, F401
 from opinfo.spec import convert  # noqa: E402
 from ssd_ext import _C  # noqa: E402
 
-# Models, data and training stand on torchvision, an optional package.
-collect_ignore = []
-if importlib.util.find_spec("torchvision") is None:
-    names = ("commands", "data", "evaluation", "integrations", "models", "training", "weights")
-    collect_ignore = [f"test_{name}.py" for name in names]
+# Files that cannot be imported without an optional package; of the others, single tests skip themselves.
+NEEDED = {
+    "torchvision": ("commands", "data", "evaluation", "integrations", "models", "training", "weights"),
+    "tqdm": ("commands", "training"),
+    "hypothesis": ("detect", "matching", "mining", "multibox_loss", "nms", "soft_nms"),
+}
+LEFT_OUT = {
+    package: [f"test_{name}.py" for name in names]
+    for package, names in NEEDED.items()
+    if importlib.util.find_spec(package) is None
+}
+collect_ignore = [file for files in LEFT_OUT.values() for file in files]
 
 
-def pytest_report_header():
-    return f"left out without torchvision: {', '.join(collect_ignore)}" if collect_ignore else None
+def pytest_terminal_summary(terminalreporter):
+    for package, files in LEFT_OUT.items():
+        terminalreporter.write_line(f"left out, as {package} is not installed: {', '.join(files)}", red=True)
+    if LEFT_OUT:
+        terminalreporter.write_line('pip install -e ".[train,export,test,bench]" installs all that the tests use')
 
 
 # A build with the emulator (tests/cuda_emulator) runs the CUDA kernels on the CPU, in three orders of threads.
