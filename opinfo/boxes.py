@@ -36,8 +36,8 @@ def _coding_cases(key, make_rows):
 
     return [
         case("no batch dimension", (), 7),
-        case("B=3 P=5", (3,), 5),
         case("two batch dimensions", (2, 3), 33),
+        case("B=3 P=5", (3,), 5),
         case("P=1", (3,), 1),
         case("P=0", (3,), 0, peers=False),
         case("B=0", (0,), 7, peers=False),
@@ -132,10 +132,10 @@ BOX_IOU = OpInfo(
     schema="box_iou",
     cases=[
         Case("N=5 M=7", _pairs(5, 7)),
+        Case("N=33 M=257", _pairs(33, 257)),
         Case("N=1 M=1", _pairs(1, 1)),
         Case("N=0 M=5", _pairs(0, 5)),
         Case("N=5 M=0", _pairs(5, 0)),
-        Case("N=33 M=257", _pairs(33, 257)),
         Case("hostile", _hostile_boxes, dtypes=(torch.float32,), peers=False),
         Case("N=100 M=8732", _pairs(100, 8732), benchmark=True, quick=True),
         Case("N=1000 M=1000", _pairs(1000, 1000), benchmark=True),

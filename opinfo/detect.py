@@ -152,7 +152,8 @@ _EVERY_CLASS = {"class_agnostic": True, "score_threshold": 0.001}
 _WANT_ALL = {"iou_threshold": 0.9, "max_detections": 1000}
 _UNIT = {"window": (0.0, 0.0, 1.0, 1.0)}
 _SMALL = [
-    _case("B=2 P=60 C=5", 2, 60, 5, dtypes=FLOATS, peers=True, **_UNIT),
+    _case("B=2 P=60 C=5", 2, 60, 5, 6.0, dtypes=FLOATS, peers=True, **_UNIT),
+    _case("sigmoid, logits [B, C, P]", 2, 75, 3, -3.0, change=_by_class, activation="sigmoid", score_threshold=0.5),
     _case("not clipped", 3, 100, 21, dtypes=FLOATS),
     _case("vectors and a rest", 2, 130, 37, background=4.0, peers=True, **_UNIT),
     _case("C=2", 2, 80, 2, 0.0, dtypes=FLOATS),
@@ -205,7 +206,6 @@ _SMALL = [
     _case("negative coordinates", 2, 80, 5, 2.0, change=_negative),
     _case("other variances", 2, 80, 5, 2.0, variances=(1.0, 0.5)),
     _case("logits [B, C, P]", 2, 100, 21, change=_by_class, dtypes=FLOATS, peers=True, **_UNIT),
-    _case("sigmoid, logits [B, C, P]", 2, 75, 3, -3.0, change=_by_class, activation="sigmoid", score_threshold=0.5),
     _case("strided", 2, 60, 9, change=_strided, dtypes=FLOATS),
     _case("expanded", 3, 60, 9, change=_expanded),
 ]

@@ -106,7 +106,7 @@ def _crowded(batch, count):
 
 _SMALL = [
     _case("three images", (3, 1, 7), 100),
-    _case("last", (3, 0, 7), 100, {"force": "last"}),
+    _case("last", (3, 0, 7), 69, {"force": "last"}),
     _case("none", (3, 1, 7), 100, {"force": "none"}),
     _case("two thresholds", (5, 9), 200, {"iou_threshold": 0.5, "low_threshold": 0.2}),
     _case("some images empty", (0, 4, 0, 0, 2), 50),
@@ -144,6 +144,21 @@ def _with_labels(case):
         return {**inputs, "gt_labels": labels}
 
     return dataclasses.replace(case, make=make)
+
+
+def _best_ious(inputs):
+    """Of each prior of each image."""
+    corners = reference.matching._corners(inputs["priors"])
+    return torch.cat([reference.box_iou(boxes, corners).max(0).values for boxes in inputs["gt_boxes"] if len(boxes)])
+
+
+def _low_ious(inputs):
+    """Those below the default of iou_threshold."""
+    ious = _best_ious(inputs)
+    return ious[ious < 0.5]
+
+
+_THRESHOLDS = {"iou_threshold": _best_ious, "low_threshold": _low_ious}
 
 
 def _call(**changes):
@@ -202,6 +217,7 @@ MATCH = OpInfo(
     ],
     errors=[*_ERRORS, *_INVALID],
     agrees=compare.matches_agree,
+    thresholds=_THRESHOLDS,
     full_size=lambda g: _drop_labels(_ssd300(2, "coco")(g)),
 )
 
@@ -266,6 +282,7 @@ ASSIGN_TARGETS = OpInfo(
         ErrorCase("variance", _label_call(variances=(0.1, -0.2)), r"positive and finite, got \(0.1, -0.2\)"),
     ],
     agrees=compare.targets_agree,
+    thresholds=_THRESHOLDS,
     scaling=lambda batch: _ssd300(batch, "synthetic")(torch.Generator().manual_seed(batch)),
 )
 

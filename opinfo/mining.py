@@ -94,9 +94,9 @@ HARD_NEGATIVES = OpInfo(
     schema="hard_negatives",
     cases=[
         _random("B=3 P=90", 3, 90),
+        _random("P=33", 2, 33),
         _random("P=1", 7, 1, positives=0.5),
         _random("P=16", 3, 16),
-        _random("P=33", 2, 33),
         _random("P=1000", 2, 1000, positives=0.02),
         _random("larger than a block's shared memory", 1, 20000),
         Case("P=0", lambda g: _images(3, 0, g), peers=False),

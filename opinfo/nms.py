@@ -83,11 +83,11 @@ def _negative(g):
 
 _SMALL = [
     _random(50),
+    _candidates(63),
     _random(1),
     _random(0, peers=False),
     _random(777, dtypes=EXACT),
     _candidates(300, dtypes=EXACT),
-    _candidates(63),
     _candidates(64, iou_threshold=0.0),
     _candidates(65, iou_threshold=1.0),
     Case("scores all equal", _equal_scores),
@@ -124,6 +124,12 @@ def _far_ids(g):
     inputs = _candidates(200).make(g)
     ids = torch.tensor([-(2**63), -1, 0, 65504, 65505, 2**53, 2**53 + 1, 2**63 - 1])
     return {**inputs, "idxs": ids[torch.randint(8, (200,), generator=g)]}
+
+
+def _ious(inputs):
+    """Of each kept box with all boxes."""
+    keep = reference.nms(inputs["boxes"], inputs["scores"], inputs["iou_threshold"])
+    return reference.box_iou(inputs["boxes"][keep], inputs["boxes"])
 
 
 def _call(**changes):
@@ -169,6 +175,7 @@ NMS = OpInfo(
     ],
     errors=_ERRORS,
     agrees=compare.agrees,
+    thresholds={"iou_threshold": _ious},
     capturable=False,
     full_size=_candidates(8732).make,
 )
@@ -189,6 +196,7 @@ BATCHED_NMS = OpInfo(
     ],
     errors=[*map(_with_ids, _ERRORS), *_ID_ERRORS],
     agrees=compare.agrees,
+    thresholds={"iou_threshold": _ious},
     capturable=False,
     full_size=_in_classes(_candidates(8732), 2).make,
 )
@@ -207,6 +215,7 @@ NMS_PADDED = OpInfo(
     ],
     errors=[*_ERRORS, *_ID_ERRORS],
     agrees=compare.padded_agrees,
+    thresholds={"iou_threshold": _ious},
     full_size=_candidates(8732).make,
 )
 

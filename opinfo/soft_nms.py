@@ -11,6 +11,10 @@ from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
+def _ious(inputs):
+    return reference.box_iou(inputs["boxes"], inputs["boxes"])
+
+
 def _random(n, g):
     return {"boxes": random_boxes(n, g), "scores": torch.rand(n, generator=g)}
 
@@ -85,8 +89,10 @@ def _sized(make, n):
 
 
 CASES = [
-    *_case("random N=33", _sized(_random, 33)),
-    *_case("clustered N=100", _sized(_clustered, 100)),
+    *_case("random N=33", _sized(_random, 33), methods=["linear"]),
+    *_case("clustered N=100", _sized(_clustered, 100), methods=["gaussian"]),
+    *_case("random N=33", _sized(_random, 33), methods=["gaussian"]),
+    *_case("clustered N=100", _sized(_clustered, 100), methods=["linear"]),
     *_case("clustered N=257", _sized(_clustered, 257), score_threshold=0.1),
     *_case("random N=2100, few above the threshold", _sized(_random, 2100), score_threshold=0.99),
     *_case("N=0", _sized(_random, 0)),
@@ -148,6 +154,7 @@ SOFT_NMS = OpInfo(
     cases=CASES,
     errors=ERRORS,
     agrees=compare.agrees,
+    thresholds={"iou_threshold": _ious},
     capturable=False,
     full_size=_full_size,
 )
@@ -160,6 +167,7 @@ SOFT_NMS_PADDED = OpInfo(
     cases=CASES,
     errors=ERRORS,
     agrees=compare.agrees,
+    thresholds={"iou_threshold": _ious},
     full_size=_full_size,
 )
 

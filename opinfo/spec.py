@@ -54,6 +54,8 @@ class OpInfo:
     op: Callable  # ssd_ext.ops.<name>
     reference: Callable  # ssd_ext.reference.<name>
     schema: str  # name of the one torch.ops.ssd_ext op that it calls
+    # The first two are ordinary, of two sizes; the rows of one fill neither the vectors of a CPU nor the warps of a
+    # GPU. Tests that change an input number by number take these.
     cases: list[Case]
     errors: list[ErrorCase]
     # Largest |result - reference| of a floating output, relative to max(1, |reference|). Outputs that
@@ -61,6 +63,9 @@ class OpInfo:
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
     # agrees(inputs, result, reference in float64) -> None or what is wrong; default: `close`.
     agrees: Callable[[Inputs, Any, Any], str | None] | None = None
+    # Arguments that are thresholds -> f(inputs) -> numbers that the op compares with them, to the bit, in float32 and
+    # float64.
+    thresholds: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()  # arguments with a gradient
     twice_differentiable: bool = True  # False: a second derivative is refused with an error
     capturable: bool = True  # in a CUDA graph
@@ -80,8 +85,9 @@ class OpInfo:
         for kind, named in (("cases", self.cases), ("errors", self.errors)):
             if twice := [name for name, n in Counter(case.name for case in named).items() if n > 1]:
                 yield f"two {kind} are named {twice[0]!r}"
-        if unknown := set(self.differentiable) - set(inspect.signature(self.reference).parameters):
-            yield f"differentiable names {', '.join(sorted(unknown))}, which the op does not have"
+        for kind in ("thresholds", "differentiable"):
+            if unknown := set(getattr(self, kind)) - set(inspect.signature(self.reference).parameters):
+                yield f"{kind} names {', '.join(sorted(unknown))}, which the op does not have"
 
     def with_leaves(self, inputs: Inputs) -> Inputs:
         """The same arguments; those with a gradient require it."""

@@ -83,7 +83,10 @@ def device(request):
 needs_gpu = pytest.mark.skip(reason="needs a GPU and a CUDA build, or the emulator")
 
 
-@pytest.fixture(params=GPUS or [pytest.param("cuda", marks=needs_gpu)])
+GPU_PARAMS = GPUS or [pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.fixture(params=GPU_PARAMS)
 def gpu(request):
     """A function that runs an op on the GPU, emulated or not, whose inputs and outputs are on the CPU."""
 

@@ -1,11 +1,13 @@
 """What every op must do, on every case of its description."""
 
 import dataclasses
+import itertools
+import math
 import sys
 
 import pytest
 import torch
-from conftest import DEVICES, SIMD_LEVELS
+from conftest import DEVICES, GPU_PARAMS, SIMD_LEVELS
 
 from benchmarks.peers import MissingPeerError, peers_of
 from opinfo import OPS
@@ -18,8 +20,10 @@ CASES = [
     for case in op.cases
 ]
 SMALL = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for case in op.cases if not case.benchmark]
+ORDINARY = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for case in op.cases[:2]]
 EACH = [pytest.param(op, op.small_case, id=op.name) for op in OPS]
 ERRORS = [pytest.param(op, error, id=f"{op.name}-{error.name}") for op in OPS for error in op.errors]
+BAD_NUMBERS = (math.nan, math.inf, -math.inf)
 PEERS = [
     pytest.param(op, case, peer, id=f"{op.name}-{case.name}-{peer}", marks=[pytest.mark.slow] if case.benchmark else [])
     for op in OPS
@@ -29,18 +33,40 @@ PEERS = [
 ]
 
 
-def assert_same_bits(a, b):
+def assert_same_bits(a, b, where=""):
     a, b = list(tensors_in(a)), list(tensors_in(b))
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}\n{text}")
         if x.is_floating_point():
-            assert torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan())
+            assert torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan()), where
 
 
 def spread(t):
     """The same values, every second element of a wider tensor."""
     return t.unsqueeze(-1).repeat(*[1] * t.dim(), 2)[..., 0] if t.dim() else t
+
+
+def with_one_bad_number(inputs):
+    """The inputs with a NaN or an infinity in one element, again and again; each time where it is, too."""
+    for i, t in enumerate(tensors_in(inputs)):
+        if not t.is_floating_point() or not t.numel():
+            continue
+        columns = t.shape[-1] if t.dim() > 1 else 1
+        rows = t.numel() // columns
+        wanted = range(columns) if columns <= 8 else (0, 1, columns - 1)
+        for row, column, bad in itertools.product({0, min(35, rows - 1), rows - 1}, wanted, BAD_NUMBERS):
+            changed = map_tensors(inputs, torch.clone)
+            at = torch.unravel_index(torch.tensor(row * columns + column), t.shape)
+            list(tensors_in(changed))[i][at] = bad
+            yield f"{bad} in row {row}, column {column} of tensor {i}", changed
+
+
+def at_and_beside(numbers, count=8):
+    """Some of the numbers, which are in 0..1, and the next below and above of each."""
+    numbers = numbers[(numbers > 0) & (numbers < 1)].unique()
+    some = numbers[torch.linspace(0, len(numbers) - 1, min(count, len(numbers))).long()]
+    return torch.stack([some, some.nextafter(some - 1), some.nextafter(some + 1)]).flatten().tolist()
 
 
 def requiring_grad(op, inputs):
@@ -117,6 +143,32 @@ def test_cuda_gives_the_cpu_result(op, case, gpu, generator):
 def test_cuda_gives_the_cpu_result_at_full_size(op, gpu, generator):
     inputs = op.full_size_case.make(generator)
     assert_same_bits(gpu(op.op, inputs), op.op(**inputs))
+
+
+@pytest.mark.parametrize(("op", "case"), ORDINARY)
+def test_one_bad_number(op, case, generator):
+    for where, inputs in with_one_bad_number(case.make(generator)):
+        wrong = op.mismatch(inputs, op.op(**inputs), op.reference(**convert(inputs, torch.float64)))
+        assert wrong is None, f"{where}: {wrong}"
+
+
+@pytest.mark.parametrize("gpu", GPU_PARAMS[:1], indirect=True)
+@pytest.mark.parametrize(("op", "case"), ORDINARY)
+def test_cuda_gives_the_cpu_result_of_one_bad_number(op, case, gpu, generator):
+    for where, inputs in with_one_bad_number(case.make(generator)):
+        assert_same_bits(gpu(op.op, inputs), op.op(**inputs), where)
+
+
+@pytest.mark.parametrize(("op", "case"), [c for c in ORDINARY if c.values[0].thresholds])
+def test_thresholds_decide_to_the_bit(op, case, device, generator):
+    made = case.make(generator)
+    for dtype in EXACT:
+        inputs = convert(made, dtype)
+        for name, compared in op.thresholds.items():
+            for threshold in at_and_beside(compared(inputs)):
+                changed = {**inputs, name: threshold}
+                wrong = op.mismatch(changed, op.op(**convert(changed, device=device)), op.reference(**changed))
+                assert wrong is None, f"{name}={threshold}, {dtype}: {wrong}"
 
 
 @pytest.mark.parametrize(("op", "error"), ERRORS)
@@ -270,6 +322,7 @@ def test_mixed_devices_are_refused(op, case, generator):
         ({"cases": [OPS[0].cases[0]] * 2}, "two cases are named"),
         ({"errors": [OPS[0].errors[0]] * 2}, "two errors are named 'not boxes'"),
         ({"differentiable": ("deltas", "anchors")}, "differentiable names anchors, which the op does not have"),
+        ({"thresholds": {"threshold": None}}, "thresholds names threshold, which the op does not have"),
     ],
 )
 def test_a_description_says_what_it_lacks(changes, said):
@@ -295,3 +348,10 @@ def test_descriptions_cover_every_op():
         assert op.op.__doc__
         for word in ("Args:", "Returns:", "Raises:", "Source:"):
             assert word in op.op.__doc__, f"{op.name} docstring lacks {word}"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_first_two_cases_are_of_two_sizes_and_leave_lanes_idle(op, generator):
+    sizes = {max(n for t in tensors_in(case.make(generator)) for n in t.shape) for case in op.cases[:2]}
+    assert len(sizes) == 2
+    assert any(n > 32 and n % 8 for n in sizes)

@@ -53,6 +53,20 @@ def test_score_threshold_is_strict(device):
     assert ops.soft_nms(boxes, scores, score_threshold=0.5)[0].tolist() == []
 
 
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_score_threshold_cuts_at_every_score(method, dtype, device, generator):
+    boxes, scores = (t.to(device, dtype) for t in detector_candidates(40, generator))
+    keep, kept_scores = ops.soft_nms(boxes, scores, score_threshold=0.0, method=method)
+    assert len(keep) == 40
+    for score in kept_scores[::3]:
+        for threshold in (score, score.nextafter(score - 1), score.nextafter(score + 1)):
+            found = ops.soft_nms(boxes, scores, score_threshold=float(threshold), method=method)
+            above = int((kept_scores > threshold).sum())
+            assert torch.equal(found[0], keep[:above])
+            assert torch.equal(found[1], kept_scores[:above])
+
+
 @pytest.mark.parametrize("n", [1, 7, 40, 1500])
 def test_lowest_index_wins_a_tie(n, device):
     apart = torch.arange(n, device=device)[:, None] * 2.0
