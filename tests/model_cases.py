@@ -77,17 +77,22 @@ def spread(model, factor=8.0):
     return model
 
 
+# How far scores, and boxes in pixels, may be apart.
+TOLERANCES = {torch.float32: (1e-5, 1e-2), torch.float64: (1e-13, 1e-10)}
+
+
 def assert_same_detections(found, expected, share=0.99):
-    """Of each image, detections agree in label, score and box (to 0.01 px), but for a ``share``.
+    """Of each image, this share of detections agrees in label, score and box.
 
     The rest is left to NMS, where the last bit of a score or an IoU decides between neighbours.
     """
     for ours, theirs in zip(found, expected, strict=True):
         assert len(theirs["scores"]) > 20, "too few detections to compare"
+        score, box = TOLERANCES[ours["boxes"].dtype]
         for a, b in ((ours, theirs), (theirs, ours)):
             same = (
                 (a["labels"][:, None] == b["labels"])
-                & ((a["scores"][:, None] - b["scores"]).abs() < 1e-5)
-                & ((a["boxes"][:, None] - b["boxes"]).abs().amax(2) < 1e-2)
+                & ((a["scores"][:, None] - b["scores"]).abs() < score)
+                & ((a["boxes"][:, None] - b["boxes"]).abs().amax(2) < box)
             )
             assert same.any(1).float().mean() >= share
