@@ -71,9 +71,9 @@ def _hostile(g):
 
 
 def _denormal_areas(g):
-    """Boxes whose areas are denormal numbers, or nothing, in float32."""
-    boxes = random_boxes(64, g, 0.3) * 1e-20
-    return {"boxes": boxes, "scores": torch.rand(64, generator=g), "iou_threshold": 0.5}
+    """Boxes whose areas are the least denormal numbers, or nothing, in float32."""
+    boxes = random_boxes(64, g, high=0.3) * 7e-22
+    return {"boxes": boxes, "scores": torch.rand(64, generator=g), "iou_threshold": 0.3}
 
 
 def _negative(g):
