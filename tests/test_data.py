@@ -340,6 +340,13 @@ def test_a_coco_file(coco, capfd):
     assert other.labels.tolist() == [1, 3] and other.category_ids == [90, None, 1]
 
 
+def test_a_coco_file_without_any_annotation(coco):
+    """As that of photographs to be looked at only, which COCO calls image info."""
+    data = load_dataset(coco({**coco_dict(), "annotations": []}))
+    assert data.classes == ["person", "toothbrush"]
+    assert [data.target(i)["boxes"].shape for i in range(len(data))] == [(0, 4), (0, 4)]
+
+
 @pytest.mark.parametrize("images", ["val2017", "images/val2017", "images", "annotations"])
 def test_a_coco_folder(coco, images):
     file = coco(coco_dict(), "annotations/instances_val2017.json", images)

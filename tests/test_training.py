@@ -25,9 +25,9 @@ SHORT = Recipe(epochs=2, batch_size=4, lr=0.01, warmup=2, workers=0, save_every=
 class Small(nn.Module):
     """Two maps, without batch normalisation, whose statistics would know of the ranks."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
-        self.low = nn.Sequential(nn.Conv2d(3, 8, 5, 8, 2), nn.ReLU())
+        self.low = nn.Sequential(nn.Conv2d(3, 8, 5, 8, 2), nn.ReLU(), nn.Dropout(dropout))
         self.high = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
 
     def forward(self, x):
@@ -35,9 +35,9 @@ class Small(nn.Module):
         return [low, self.high(low)]
 
 
-def small_model(classes=7):
+def small_model(classes=7, dropout=0.0):
     torch.manual_seed(0)
-    return SSD(Small(), [8, 8], PriorSpec((64, 64), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2,))), classes)
+    return SSD(Small(dropout), [8, 8], PriorSpec((64, 64), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2,))), classes)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +131,9 @@ def test_seeds_give_the_same_run(cards, tmp_path, changed):
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_resumed_exactly(cards, tmp_path, stop_at, ema):
     recipe = Recipe(**{**vars(SHORT), "ema": ema})
-    whole = fit(small_model(), cards, recipe, tmp_path / "whole")
-    fit(small_model(), cards, recipe, tmp_path / "parts", stop_at=stop_at)
-    model = small_model()
+    whole = fit(small_model(dropout=0.3), cards, recipe, tmp_path / "whole")
+    fit(small_model(dropout=0.3), cards, recipe, tmp_path / "parts", stop_at=stop_at)
+    model = small_model(dropout=0.3)
     for p in model.parameters():
         nn.init.zeros_(p)
     parts = fit(model, cards, recipe, tmp_path / "parts", resume=True)
