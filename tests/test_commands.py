@@ -177,9 +177,18 @@ def test_rules_of_data_reach_training_and_evaluation(tmp_path):
 
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
-    for name in ("frame10.jpg", "frame9.jpg", "frame100.png", "notes.txt"):
+    names = [
+        "frame9.jpg",
+        "frame10.JPEG",
+        "frame100.png",
+        "frame101.bmp",
+        "frame102.webp",
+        "frame103.tif",
+        "frame104.tiff",
+    ]
+    for name in (*reversed(names), "notes.txt"):
         (tmp_path / name).touch()
-    assert [file.name for file in image_files([tmp_path])] == ["frame9.jpg", "frame10.jpg", "frame100.png"]
+    assert [file.name for file in image_files([tmp_path])] == names
 
 
 def test_pictures_have_names_of_their_own():

@@ -405,6 +405,13 @@ def test_training_leaves_out_crowds_and_difficult_objects():
     assert len(target["labels"]) == 3
 
 
+@pytest.mark.parametrize("difficult", [False, True])
+def test_augmentation_trains_on_difficult_objects_if_asked_to(voc, difficult):
+    augment = augmentation((20, 20), zoom_out=0, crop=False, difficult=difficult)
+    data = load_dataset(voc("a", [("dog", (1, 1, 20, 20), 0), ("cat", (5, 5, 30, 30), 1)]), transform=augment)
+    assert len(data[0][1]["labels"]) == 1 + difficult
+
+
 def test_batches():
     data = load_dataset(SAMPLE, "test", transform=to_float())
     images, targets = collate([data[0], data[5]])

@@ -264,7 +264,11 @@ def test_exports(op, case, generator):
             return op.op(**kwargs)
 
     program = torch.export.export(Module(), (inputs,))
-    assert_same_bits(program.module()(inputs), op.op(**inputs))
+    result = op.op(**inputs)
+    assert_same_bits(program.module()(inputs), result)
+    (output,) = program.graph.find_nodes(op="output")
+    promised = [node.meta["val"] for node in output.all_input_nodes]
+    assert [(t.dtype, t.dim()) for t in promised] == [(t.dtype, t.dim()) for t in tensors_in(result)]
 
 
 @pytest.mark.parametrize(("op", "case"), EACH)
