@@ -205,6 +205,18 @@ def test_halves_are_the_float32_result_rounded(dtype, activation, device, genera
         assert torch.equal(r, w.to(r.dtype))
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("n", [255, 257, 700])
+def test_layout_changes_nothing(n, activation, generator):
+    """A class's logits side by side are read for 256 priors at a time."""
+    inputs = random_image(generator, n, 5, batch=2, background=2.0)
+    expected = ops.detect(**inputs, activation=activation, topk_per_class=n, max_detections=5 * n)
+    inputs["logits"] = inputs["logits"].mT.contiguous().mT
+    result = ops.detect(**inputs, activation=activation, topk_per_class=n, max_detections=5 * n)
+    for r, e in zip(result, expected, strict=True):
+        assert torch.equal(r, e)
+
+
 def test_an_image_does_not_depend_on_its_batch(generator):
     """The CPU cuts few images into slices, and many not."""
     inputs = random_image(generator, 2100, 4, batch=70, background=6.0)

@@ -38,6 +38,11 @@ def test_any_number_is_safe(rows):
     assert torch.equal(keep, reference.nms(rows[:, :4], rows[:, 4], 0.5))
 
 
+def below(number):
+    """The next float32."""
+    return torch.nextafter(torch.as_tensor(number), torch.tensor(0.0)).item()
+
+
 def test_class_ids_above_what_half_holds(device):
     """torchvision shifts coordinates by class, which overflows in half: ids are compared here."""
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]], device=device).repeat(3, 1).half()
@@ -55,8 +60,18 @@ def test_threshold_is_exclusive():
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]])
     scores = torch.tensor([0.9, 0.8])
     assert ops.nms(boxes, scores, 0.5).tolist() == [0, 1]
-    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
-    assert ops.nms(boxes, scores, below).tolist() == [0]
+    assert ops.nms(boxes, scores, below(0.5)).tolist() == [0]
+
+
+def test_threshold_so_low_that_products_with_it_are_denormal_numbers(device):
+    side = torch.tensor(3e-15)
+    for k in range(8, 24):  # steps of float32 by which two squares of that side overlap in x and in y
+        x = side * (1 - k * 2.0**-23)
+        boxes = torch.stack([torch.stack([at, at, at + side, at + side]) for at in (side - side, x)])
+        iou = reference.box_iou(boxes[:1], boxes[1:])[0, 0]
+        assert 1e-14 < iou < 1e-11
+        kept = [ops.nms(boxes.to(device), torch.tensor([0.9, 0.8], device=device), t) for t in (iou.item(), below(iou))]
+        assert [keep.tolist() for keep in kept] == [[0, 1], [0]]
 
 
 def test_nan_scores_are_dropped_and_nan_boxes_suppress_nothing():
