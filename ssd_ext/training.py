@@ -316,7 +316,7 @@ class Journal:
         self.steps += 1
         self.bar.update()
         if self.writes and self.run.step % 20 == 0:
-            self.bar.set_postfix(loss=f"{sum(value.item() for value in losses.values()):.3f}")
+            self.bar.set_postfix(loss=f"{torch.stack(list(losses.values())).sum().item():.3f}")
             if self.board:
                 for name, value in losses.items():
                     self.board.add_scalar(f"step/{name}", value, self.run.step)
