@@ -80,7 +80,8 @@ class CMakeBuild(build_ext):
         options["CMAKE_LIBRARY_OUTPUT_DIRECTORY"] = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         if ninja:
             options["CMAKE_MAKE_PROGRAM"] = ninja
-        build = Path(self.build_temp).resolve()
+        # setuptools would build for an editable installation in a temporary folder, all anew each time.
+        build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         # pip builds in the source tree: another run's choices (say, CUDA off) must not be inherited.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [cmake, "-S", ROOT, "-B", build, *(f"-D{name}={value}" for name, value in options.items())]
