@@ -104,8 +104,8 @@ def build(tree: Path, rooms: list[str]) -> list[Mutant]:
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # of this environment, active or not
     defines = [f"-D{key}={value}" for key, value in options.items()]
     for command in (
-        ["cmake", "-S", tree, "-B", tree / "build", "-GNinja", *defines],
-        ["cmake", "--build", tree / "build"],
+        ["cmake", "-S", tree, "-B", tree / "build" / "mutants", "-GNinja", *defines],
+        ["cmake", "--build", tree / "build" / "mutants"],
     ):
         run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
         if run.returncode:
