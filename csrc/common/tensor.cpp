@@ -22,14 +22,7 @@ std::string shape_of(const Tensor& t) {
 }
 
 std::string device_of(const Tensor& t) {
-  switch (t.device().type()) {
-    case DeviceType::CPU:
-      return "cpu";
-    case DeviceType::CUDA:
-      return "cuda:" + std::to_string(t.get_device_index());
-    default:
-      return "device type " + std::to_string(static_cast<int>(t.device().type()));
-  }
+  return t.device().type() == DeviceType::CPU ? "cpu" : "cuda:" + std::to_string(t.get_device_index());
 }
 
 const char* name_of(ScalarType type) {
