@@ -112,3 +112,19 @@ def test_iou_has_no_gradient():
 def test_iou_of_boxes_too_large_for_their_dtype_is_zero(device):
     boxes = torch.tensor([[-3e38, -3e38, 3e38, 3e38], [0, 0, 1, 1]], device=device)
     assert torch.equal(ops.box_iou(boxes, boxes).cpu(), torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ((torch.int32, torch.int32), "boxes_a must be float32, float64, float16 or bfloat16, got int32"),
+        ((torch.bool, torch.bool), "boxes_a must be float32, float64, float16 or bfloat16, got bool"),
+        ((torch.uint8, torch.uint8), "boxes_a must be float32, float64, float16 or bfloat16, got Byte"),
+        ((torch.float16, torch.bfloat16), "boxes_b must have the dtype of boxes_a, float16, got bfloat16"),
+        ((torch.float64, torch.int64), "boxes_b must have the dtype of boxes_a, float64, got int64"),
+    ],
+)
+def test_dtypes_that_are_refused_are_named(dtypes, message):
+    a, b = (torch.ones(1, 4).to(dtype) for dtype in dtypes)
+    with pytest.raises(ValueError, match=message):
+        ops.box_iou(a, b)

@@ -302,6 +302,14 @@ def test_memory_is_bounded(layout, generator):
     assert memory_peak(lambda: ops.detect(**inputs)) < 8e6
 
 
+def test_more_images_than_a_launch_has_blocks_for_are_refused(gpu):
+    def call(deltas, logits, priors):
+        return ops.detect(deltas.expand(2**28, 1, 4), logits.expand(2**28, 1, 2), priors)
+
+    with pytest.raises(ValueError, match=r"must be at most 2147483647 on CUDA, got \[268435456, 1, 2\]"):
+        gpu(call, image([[0.0, 1.0]]))
+
+
 def test_no_gradient():
     inputs = image([[0.0, 1.0]])
     inputs["deltas"].requires_grad_()

@@ -83,6 +83,22 @@ def test_more_priors_than_a_gpu_block_has_bits_for(gpu, generator):
     assert_same_bits(gpu(ops.multibox_loss, inputs), ops.multibox_loss(**inputs))
 
 
+def test_gradient_refuses_what_no_forward_saved():
+    ranks, divisors = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="ranks must be int32, got int64"):
+        torch.ops.ssd_ext.multibox_loss_logits_gradient(
+            torch.ones(()), torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), ranks, divisors
+        )
+
+
+def test_gradient_of_a_label_that_is_no_class_is_nan():
+    labels, ranks, divisors = torch.tensor([[3, 1]]), torch.zeros(1, 2, dtype=torch.int32), torch.ones(1).long()
+    gradient = torch.ops.ssd_ext.multibox_loss_logits_gradient(
+        torch.ones(()), torch.zeros(1, 2, 3), labels, ranks, divisors
+    )
+    assert gradient.isnan().tolist() == [[[True] * 3, [False] * 3]]
+
+
 def test_more_priors_than_the_gradient_counts_are_refused(gpu):
     def call(grad_loc, deltas, labels, divisors):
         deltas, labels = deltas.expand(1, 2**32, 4), labels.expand(1, 2**32)
@@ -380,6 +396,73 @@ def test_both_gradients_of_a_large_batch_keep_their_memory():
             del for_deltas, for_logits
     assert len(set(addresses)) == 1
     _C.release_memory()
+
+
+SHORT_OF_MEMORY = """
+import resource, torch
+from pathlib import Path
+from ssd_ext import _C, ops
+
+torch.set_num_threads(2)
+inputs = {
+    "deltas": torch.zeros(2, 1_000_000, 4),
+    "logits": torch.ones(2, 1_000_000, 3, requires_grad=True),
+    "target_deltas": torch.zeros(2, 1_000_000, 4),
+    "labels": (torch.arange(2_000_000).view(2, -1) % 1000 == 0).long(),
+}
+
+def leave(mebibytes):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (mebibytes << 20), -1))
+
+"""
+
+
+# With a threshold of its own, malloc() maps large blocks one by one, and gives them back.
+needs_malloc = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists() or "sanitizers" in _C.build_info(), reason="needs Linux and its malloc"
+)
+
+
+@needs_malloc
+def test_memory_that_runs_out_in_a_thread_is_an_error(python):
+    done = python(
+        "-c",
+        SHORT_OF_MEMORY
+        + """
+ops.multibox_loss(**inputs)
+leave(12)  # ranks take 8, the lists of an image 24
+try:
+    ops.multibox_loss(**inputs)
+except MemoryError:
+    leave(1000)
+    print(sum(ops.multibox_loss(**inputs)).item())
+""",
+        MALLOC_MMAP_THRESHOLD_="1000000",
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 1
+
+
+@needs_malloc
+def test_a_gradient_where_no_pages_can_be_kept(python):
+    done = python(
+        "-c",
+        SHORT_OF_MEMORY
+        + """
+(expected,) = torch.autograd.grad(sum(ops.multibox_loss(**inputs)), inputs["logits"])
+loss = sum(ops.multibox_loss(**inputs))
+leave(36)  # the gradient takes 23, its pages would take as much again
+(found,) = torch.autograd.grad(loss, inputs["logits"])
+assert torch.equal(found, expected)
+_C.release_memory()
+del found
+print(_C.kept_memory())
+""",
+        MALLOC_MMAP_THRESHOLD_="1000000",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -142,6 +142,11 @@ def test_more_boxes_than_the_kernel_counts_are_refused(gpu):
         gpu(call, {"boxes": torch.zeros(1, 4), "scores": torch.zeros(1)})
 
 
+def test_a_number_that_is_no_method_is_refused():
+    with pytest.raises(ValueError, match=r"method must be 0 \(linear\) or 1 \(gaussian\), got 2"):
+        torch.ops.ssd_ext.soft_nms_padded(BOXES, torch.rand(3), 0.5, 0.5, 0.0, 2)
+
+
 @pytest.mark.parametrize("op", [ops.soft_nms, ops.soft_nms_padded])
 def test_gradient_is_refused(op):
     scores = torch.rand(3, requires_grad=True)
