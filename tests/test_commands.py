@@ -197,6 +197,22 @@ def test_pictures_have_names_of_their_own():
     assert len(set(names.values())) == len(names) == 3
 
 
+def test_an_error_is_one_sentence_or_a_traceback(monkeypatch):
+    def fail(argv, error):
+        raise error
+
+    monkeypatch.delenv("SSD_EXT_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match=r"^ssd_ext: no such split$"):
+        _cli.run(lambda argv: fail(argv, ValueError("no such split")))
+    with pytest.raises(SystemExit, match=r"^ssd_ext: interrupted$"):
+        _cli.run(lambda argv: fail(argv, KeyboardInterrupt()))
+    with pytest.raises(AttributeError, match="a fault of ours"):
+        _cli.run(lambda argv: fail(argv, AttributeError("a fault of ours")))
+    monkeypatch.setenv("SSD_EXT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such split"):
+        _cli.run(lambda argv: fail(argv, ValueError("no such split")))
+
+
 @pytest.mark.slow
 def test_trains_on_a_coco_file(tmp_path):
     pytest.importorskip("pycocotools")

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -338,6 +339,21 @@ def test_a_coco_file(coco, capfd):
     assert load_dataset(file.parent).names == data.names
     other = load_dataset(file, classes=["toothbrush", "dog", "person"])
     assert other.labels.tolist() == [1, 3] and other.category_ids == [90, None, 1]
+
+
+def test_a_coco_file_without_pycocotools(coco, monkeypatch):
+    file = coco(coco_dict())
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r'needs pycocotools: pip install "ssd_ext\[train\]"'):
+        load_dataset(file)
+
+
+def test_a_coco_file_whose_images_are_elsewhere(coco):
+    file = coco(coco_dict())
+    for image in file.parent.rglob("*.png"):
+        image.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no image .* of .*; give images="):
+        load_dataset(file)
 
 
 def test_a_coco_file_without_any_annotation(coco):

@@ -6,7 +6,7 @@ import torch
 import ssd_ext
 from ssd_ext import _C
 from ssd_ext._loading import why_not_loaded
-from ssd_ext.env import covers, report
+from ssd_ext.env import _gpus, covers, report
 
 
 def test_report_tells_the_build_and_the_machine(simd):
@@ -62,6 +62,18 @@ def test_module_prints_it_and_names_a_forced_level(python):
 )
 def test_architectures_against_a_gpu(architectures, capability, served):
     assert covers(architectures, capability) == served
+
+
+def test_each_gpu_is_told_with_whether_the_build_serves_it(monkeypatch):
+    capabilities = [(9, 0), (7, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "AB".__getitem__)
+    first, second = _gpus("80-real,90-real")
+    assert first == "A, capability 9.0, covered by this build"
+    assert second == "B, capability 7.0, NOT covered by this build"
+    assert [gpu.split(", ")[-1] for gpu in _gpus(None)] == ["NOT covered by this build"] * 2
 
 
 def test_why_not_loaded(tmp_path):

@@ -1,6 +1,7 @@
 """Average precision: cases by hand, a plain reading of VOC's kit, pycocotools; hostile input; the picture."""
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,13 @@ def test_the_picture_of_the_curves(generator, tmp_path, classes):
         assert min(image.size) > 500 and len(image.convert("RGB").getcolors(1 << 20)) > classes
     with pytest.raises(ValueError, match=f"classes must be {classes} names: got 1"):
         plot_pr_curves(result, ["class"], tmp_path / "curves.png")
+
+
+def test_packages_that_are_not_there_are_named(monkeypatch, tmp_path):
+    answers, targets = [found([A], [0.9])], [truth([A])]
+    for package in ("pycocotools.coco", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r'coco_metrics needs pycocotools: pip install "ssd_ext\[train\]"'):
+        evaluation.coco_metrics(answers, targets)
+    with pytest.raises(ImportError, match=r'plot_pr_curves needs matplotlib: pip install "ssd_ext\[train\]"'):
+        plot_pr_curves(average_precision(answers, targets, 2), ["card"], tmp_path / "curves.png")

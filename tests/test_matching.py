@@ -207,3 +207,11 @@ def test_agrees_with_torchvision_matcher_on_ssd300(generator):
     boxes = [random_boxes(n, generator) for n in (1, 5, 60)]
     expected = torch.stack([det_utils.SSDMatcher(0.5)(box_iou(image, corners)) for image in boxes])
     assert torch.equal(ops.match(boxes, priors, force="last"), expected)
+
+
+def test_labels_of_the_other_form_are_refused():
+    boxes, priors = torch.tensor([[0.1, 0.1, 0.5, 0.5]]), ssd300_priors()
+    with pytest.raises(ValueError, match=r"gt_labels must be a list like gt_boxes, got one tensor \[1\]"):
+        ops.assign_targets([boxes], torch.tensor([1]), priors)
+    with pytest.raises(ValueError, match=r"must be one \[G\] tensor to go with \(boxes, offsets\), got a list"):
+        ops.assign_targets((boxes, torch.tensor([0, 1])), [torch.tensor([1])], priors)

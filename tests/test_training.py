@@ -103,6 +103,7 @@ def test_schedule(schedule, expected):
         ({"lr": -1.0}, "lr must be a positive number, got -1"),
         ({"lr": math.nan}, "lr must be a positive number, got nan"),
         ({"schedule": "linear"}, "schedule must be one of cosine, step, got 'linear'"),
+        ({"optimizer": "lamb"}, "optimizer must be one of sgd, adamw, got 'lamb'"),
         ({"amp": "int8"}, "amp must be one of none, bfloat16, float16, got 'int8'"),
         ({"ema": 1.0}, "ema must be between 0 and 1, got 1.0"),
         ({"clip_gradient": 0.0}, "clip_gradient must be a positive number, got 0.0"),

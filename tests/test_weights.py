@@ -1,5 +1,6 @@
 """Weights of other projects: names, shapes, input conventions, and files that are none."""
 
+import sys
 from fractions import Fraction
 from itertools import pairwise
 
@@ -224,6 +225,12 @@ def test_objects_are_not_unpickled(tmp_path):
     torch.save({"model": Fraction(1, 2)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights.pth: corrupt, or holds more than tensors"):
         load_weights(small(), tmp_path / "weights.pth")
+
+
+def test_a_safetensors_file_without_that_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r'needs safetensors: pip install "ssd_ext\[train\]"'):
+        load_weights(small(), tmp_path / "weights.safetensors")
 
 
 def test_no_file(tmp_path):
