@@ -43,7 +43,7 @@ ROWS = [
 SHOWN = ("torchvision", REFERENCE)  # beside the fastest, whichever that is
 LEGEND = f"""\
 Median milliseconds of a call; in brackets, how many times longer that is than {OURS}'s.
-`~`: {report.DISTURBED}. Undisturbed, that contender may be faster."""
+`~`: other programs took CPU time all along; undisturbed, that contender might be faster."""
 
 Result = dict[str, Any]  # of a case, and the record of a run, both as run.py describes them
 Run = dict[str, Any]

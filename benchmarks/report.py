@@ -90,7 +90,11 @@ def _contender(label: str, row: dict[str, Any], result: dict[str, Any]) -> str:
 
 def shown_name(contender: str) -> str:
     """For readers who know nothing of the benchmark's own names."""
-    return {REFERENCE: "plain PyTorch", "tuned": "tuned PyTorch"}.get(contender, contender)
+    return {
+        REFERENCE: "plain PyTorch",
+        "tuned": "tuned PyTorch",
+        "tuned, torch.compile": "tuned PyTorch, compiled",
+    }.get(contender, contender)
 
 
 def cell(row: dict[str, Any] | None, ours: dict[str, Any]) -> str:

@@ -100,4 +100,4 @@ def _table(cases: list) -> str:
     for case in cases:
         rows = {row["name"]: row for row in case["contenders"]}
         lines.append([case["case"], *(report.cell(rows.get(name), rows[OURS]) for name in names)])
-    return report.markdown_table("l" + "r" * len(names), ["case", *names], lines)
+    return report.markdown_table("l" + "r" * len(names), ["case", *map(report.shown_name, names)], lines)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from opinfo.inputs import share_of_positives
 from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
@@ -37,13 +38,7 @@ def _random(name, batch, n, positives=0.1, ignored=0.05, benchmark=False, quick=
 
 
 def _ssd300(batch):
-    """As many positives an image as COCO gives: 0.3 to 3 % of the priors, 1.3 % in the middle."""
-
-    def make(g):
-        share = 0.003 + 0.027 * torch.rand(batch, 1, generator=g) ** 1.5
-        return _images(batch, 8732, g, positives=share)
-
-    return make
+    return lambda g: _images(batch, 8732, g, positives=share_of_positives(batch, g))
 
 
 def _with_loss(name, change, **arguments):

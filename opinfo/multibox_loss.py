@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from opinfo.inputs import share_of_positives
 from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
@@ -131,14 +132,9 @@ def _expanded(g):
     return {k: v.expand(4, *v.shape[1:]) for k, v in one.items()}
 
 
-def _share(batch, g):
-    """As many positives an image as COCO gives: 0.3 to 3 % of the priors, 1.3 % in the middle."""
-    return 0.003 + 0.027 * torch.rand(batch, 1, generator=g) ** 1.5
-
-
 def _detector(name, batch, n=8732, classes=81, backward=False, quick=False, **kwargs):
     def make(g):
-        return _images(batch, n, classes, g, positives=_share(batch, g), **kwargs)
+        return _images(batch, n, classes, g, positives=share_of_positives(batch, g), **kwargs)
 
     return Case(name, make, benchmark=True, quick=quick, backward=backward)
 

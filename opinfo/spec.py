@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ HALVES = (torch.float16, torch.bfloat16)
 EXACT = (torch.float32, torch.float64)  # hold what cases make; rounded to halves, numbers may tie by chance
 FLOATS = (*EXACT, *HALVES)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-FULL_SIZE = 8732  # elements of a tensor at the least: the priors of SSD300, many blocks of every kernel
+FULL_SIZE = 8732  # priors of SSD300: many blocks of every kernel
 
 Inputs = dict[str, Any]  # keyword arguments of the op
 Call = Callable[[], Any]  # a contender with its inputs bound
@@ -77,7 +77,7 @@ class OpInfo:
         if wrong := next(self._wrong(), None):
             raise ValueError(f"the description of {self.name}: {wrong}")
 
-    def _wrong(self) -> Iterable[str]:
+    def _wrong(self) -> Iterator[str]:
         if self.full_size is None and self.scaling is None:
             yield "needs full_size or scaling, which make an input as large as a detector's"
         if not hasattr(torch.ops.ssd_ext, self.schema):
@@ -119,10 +119,10 @@ class OpInfo:
 
         def make(g: torch.Generator) -> Inputs:
             inputs = self.full_size(g) if self.full_size else self.scaling(2)
-            largest = max(t.numel() for t in tensors_in(inputs))
+            largest = max(size for t in tensors_in(inputs) for size in t.shape)
             if largest < FULL_SIZE:
                 source = "full_size" if self.full_size else "scaling(2)"
-                raise ValueError(f"{source} of {self.name} must make a tensor of {FULL_SIZE} elements, got {largest}")
+                raise ValueError(f"{source} of {self.name} must have a dimension of {FULL_SIZE} or more, got {largest}")
             return inputs
 
         return Case("full size", make, dtypes=(torch.float32,))

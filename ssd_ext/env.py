@@ -17,7 +17,11 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     the suffix holds PTX too, which serves every later GPU. An ``a`` after the number serves that GPU
     alone, an ``f`` its family.
     """
-    for major, minor, special, real in re.findall(r"(\d+)(\d)([af]?)(-real)?", architectures):
+    for entry in architectures.split(","):
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real)?", entry)
+        if found is None:
+            raise ValueError(f"architectures must be as CMake names them, such as 90-real, got {entry}")
+        major, minor, special, real = found.groups()
         arch = int(major), int(minor)
         if capability == arch or (special != "a" and capability[0] == arch[0] and capability >= arch):
             return True

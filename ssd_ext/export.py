@@ -137,7 +137,7 @@ def onnx(
         custom_translation_table={torch.ops.ssd_ext.nms_scores.default: _nms_scores_in_onnx},
         verbose=False,
     )
-    assert written is not None  # as it is without dynamo
+    assert written is not None  # None only without dynamo
     written.save(path, external_data=False)
 
 

@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter):
     for package, files in LEFT_OUT.items():
         terminalreporter.write_line(f"left out, as {package} is not installed: {', '.join(files)}", red=True)
     if LEFT_OUT:
-        terminalreporter.write_line('pip install -e ".[train,export,test,bench]" installs all that the tests use')
+        terminalreporter.write_line('pip install -e ".[train,export,test,bench]" installs them')
 
 
 # A build with the emulator (tests/cuda_emulator) runs the CUDA kernels on the CPU, in three orders of threads.
@@ -97,6 +97,11 @@ def gpu(request):
         return convert(op(**convert(inputs, device=request.param)), device="cpu")
 
     return run
+
+
+def at_and_beside(numbers):
+    """Each number, the next below and the next above."""
+    return torch.stack([numbers, numbers.nextafter(numbers - 1), numbers.nextafter(numbers + 1)]).T.flatten().tolist()
 
 
 @pytest.fixture

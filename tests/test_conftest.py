@@ -1,4 +1,4 @@
-"""The suite without an optional package: it says what is missing, and all else runs."""
+"""The suite without an optional package: it says what is missing, and collects all else."""
 
 import pytest
 from conftest import NEEDED, ROOT

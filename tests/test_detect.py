@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIMD_LEVELS
+from conftest import SIMD_LEVELS, at_and_beside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,10 +106,6 @@ def test_background_is_a_class_of_sigmoid_alone(device):
     inputs = image([[5.0, 1.0], [5.0, 6.0]], device=device)
     assert found(inputs) == [(1, 1), (1, 0)]
     assert found(inputs, activation="sigmoid") == [(1, 1), (0, 0), (0, 1), (1, 0)]
-
-
-def at_and_beside(numbers):
-    return torch.stack([numbers, numbers.nextafter(numbers - 1), numbers.nextafter(numbers + 1)]).T.flatten().tolist()
 
 
 def check_thresholds(inputs, activation, count, topk=10**6):

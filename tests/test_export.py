@@ -193,7 +193,7 @@ def test_onnx_of_a_picture_of_nothing(tmp_path):
     assert_equal_detections([x[others] for x in found], [x[others] for x in expected])
 
 
-class OpInfo(torch.nn.Module):
+class Detect(torch.nn.Module):
     """ops.detect with fixed settings."""
 
     def __init__(self, settings):
@@ -216,7 +216,7 @@ def test_onnx_of_the_op(quick, generator, tmp_path):
     assert len(cases) >= len(QUICK)
     made = [convert(case.make(generator), torch.float32) for case in cases]
     keys = ("deltas", "logits", "priors")
-    modules = [OpInfo({k: x for k, x in inputs.items() if k not in keys}) for inputs in made]
+    modules = [Detect({k: x for k, x in inputs.items() if k not in keys}) for inputs in made]
 
     class All(torch.nn.Module):
         def forward(self, *tensors):
@@ -238,7 +238,7 @@ def test_onnx_of_the_op(quick, generator, tmp_path):
 def test_onnx_of_other_types_computes_in_float32(dtype, generator, tmp_path):
     tensors = {"deltas": torch.randn(2, 30, 4), "logits": torch.randn(2, 30, 5), "priors": torch.rand(30, 4) + 0.2}
     tensors = convert(tensors, dtype)
-    export.onnx(torch.export.export(OpInfo({}), tuple(tensors.values())), tmp_path / "op.onnx")
+    export.onnx(torch.export.export(Detect({}), tuple(tensors.values())), tmp_path / "op.onnx")
     found = run(session(tmp_path / "op.onnx"), **tensors)
     expected = ops.detect(**convert(tensors, torch.float32))
     assert found[1].dtype == dtype
@@ -261,7 +261,7 @@ def test_wrong_calls(tmp_path):
         export.onnx(torch.nn.Linear(2, 2).eval(), tmp_path / "detector.onnx")
     nothing = (torch.rand(1, 0, 4), torch.rand(1, 0, 3), torch.rand(0, 4))
     with pytest.raises(ValueError, match="no detector without priors"):
-        export.onnx(torch.export.export(OpInfo({}), nothing), tmp_path / "detector.onnx")
+        export.onnx(torch.export.export(Detect({}), nothing), tmp_path / "detector.onnx")
     with pytest.raises(ValueError, match="opset must be 18 or newer, got 17"):
         export.onnx(small().eval(), tmp_path / "detector.onnx", opset=17)
 

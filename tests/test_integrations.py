@@ -3,13 +3,13 @@
 import copy
 import functools
 import io
-import math
 import pickle
 import random
 from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import at_and_beside
 from torch import nn
 from torch.nn import functional as F
 
@@ -488,13 +488,12 @@ def test_matching_in_double_precision_decides_to_the_bit():
     boxes, labels = [image[:3] + 1 for image in proposals], [torch.tensor([3, 1, 2])] * 2
     ious = box_ops.box_iou(boxes[0], proposals[0]).max(0).values
     models = pair(faster_rcnn)
-    for iou in ious[(ious > 0.1) & (ious < 1)][:5].tolist():
-        for threshold in (iou, math.nextafter(iou, 0), math.nextafter(iou, 1)):
-            found = []
-            for model in models:
-                model.roi_heads.proposal_matcher = detection._utils.Matcher(threshold, threshold)
-                found.append(model.roi_heads.assign_targets_to_proposals(proposals, boxes, labels))
-            assert_equal(*found)
+    for threshold in at_and_beside(ious[(ious > 0.1) & (ious < 1)][:5]):
+        found = []
+        for model in models:
+            model.roi_heads.proposal_matcher = detection._utils.Matcher(threshold, threshold)
+            found.append(model.roi_heads.assign_targets_to_proposals(proposals, boxes, labels))
+        assert_equal(*found)
 
 
 def test_detections_have_no_gradient():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICES, GPU_PARAMS, SIMD_LEVELS
+from conftest import DEVICES, GPU_PARAMS, SIMD_LEVELS, at_and_beside
 
 from benchmarks.peers import MissingPeerError, peers_of
 from opinfo import OPS
@@ -60,13 +60,6 @@ def with_one_bad_number(inputs):
             at = torch.unravel_index(torch.tensor(row * columns + column), t.shape)
             list(tensors_in(changed))[i][at] = bad
             yield f"{bad} in row {row}, column {column} of tensor {i}", changed
-
-
-def at_and_beside(numbers, count=8):
-    """Some of the numbers, which are in 0..1, and the next below and above of each."""
-    numbers = numbers[(numbers > 0) & (numbers < 1)].unique()
-    some = numbers[torch.linspace(0, len(numbers) - 1, min(count, len(numbers))).long()]
-    return torch.stack([some, some.nextafter(some - 1), some.nextafter(some + 1)]).flatten().tolist()
 
 
 def requiring_grad(op, inputs):
@@ -165,7 +158,10 @@ def test_thresholds_decide_to_the_bit(op, case, device, generator):
     for dtype in EXACT:
         inputs = convert(made, dtype)
         for name, compared in op.thresholds.items():
-            for threshold in at_and_beside(compared(inputs)):
+            numbers = compared(inputs)
+            numbers = numbers[(numbers > 0) & (numbers < 1)].unique()
+            assert len(numbers) > 8
+            for threshold in at_and_beside(numbers[:: len(numbers) // 8]):
                 changed = {**inputs, name: threshold}
                 wrong = op.mismatch(changed, op.op(**convert(changed, device=device)), op.reference(**changed))
                 assert wrong is None, f"{name}={threshold}, {dtype}: {wrong}"
@@ -336,10 +332,22 @@ def test_a_description_says_what_it_lacks(changes, said):
 
 def test_a_description_says_which_input_it_lacks(generator):
     small = dataclasses.replace(DECODE, full_size=DECODE.small_case.make)
-    with pytest.raises(ValueError, match="full_size of decode must make a tensor of 8732 elements, got "):
+    with pytest.raises(ValueError, match="full_size of decode must have a dimension of 8732 or more, got "):
         small.full_size_case.make(generator)
     with pytest.raises(ValueError, match="decode: needs a small case in float32"):
         _ = dataclasses.replace(DECODE, cases=[]).small_case
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_first_two_cases_are_of_two_sizes_and_leave_lanes_idle(op, generator):
+    sizes = {max(n for t in tensors_in(case.make(generator)) for n in t.shape) for case in op.cases[:2]}
+    assert len(sizes) == 2
+    assert any(n > 32 and n % 8 for n in sizes)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_full_size_is_that_of_a_detector(op, generator):
+    op.full_size_case.make(generator)  # or raises
 
 
 def test_descriptions_cover_every_op():
@@ -352,10 +360,3 @@ def test_descriptions_cover_every_op():
         assert op.op.__doc__
         for word in ("Args:", "Returns:", "Raises:", "Source:"):
             assert word in op.op.__doc__, f"{op.name} docstring lacks {word}"
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_the_first_two_cases_are_of_two_sizes_and_leave_lanes_idle(op, generator):
-    sizes = {max(n for t in tensors_in(case.make(generator)) for n in t.shape) for case in op.cases[:2]}
-    assert len(sizes) == 2
-    assert any(n > 32 and n % 8 for n in sizes)

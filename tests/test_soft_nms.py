@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import at_and_beside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,12 +60,11 @@ def test_score_threshold_cuts_at_every_score(method, dtype, device, generator):
     boxes, scores = (t.to(device, dtype) for t in detector_candidates(40, generator))
     keep, kept_scores = ops.soft_nms(boxes, scores, score_threshold=0.0, method=method)
     assert len(keep) == 40
-    for score in kept_scores[::3]:
-        for threshold in (score, score.nextafter(score - 1), score.nextafter(score + 1)):
-            found = ops.soft_nms(boxes, scores, score_threshold=float(threshold), method=method)
-            above = int((kept_scores > threshold).sum())
-            assert torch.equal(found[0], keep[:above])
-            assert torch.equal(found[1], kept_scores[:above])
+    for threshold in at_and_beside(kept_scores[::3]):
+        found = ops.soft_nms(boxes, scores, score_threshold=threshold, method=method)
+        above = int((kept_scores > threshold).sum())
+        assert torch.equal(found[0], keep[:above])
+        assert torch.equal(found[1], kept_scores[:above])
 
 
 @pytest.mark.parametrize("n", [1, 7, 40, 1500])

@@ -1,5 +1,6 @@
 """Training: the same run twice, through interruptions, in several processes; and the command lines."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -318,7 +319,8 @@ def test_two_processes_train_as_one_does(cards, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     saved = checkpoint.load(out / "last.pt")["training"]
     assert saved["step"] == one.step
-    assert len(list(out.glob("events.out.*"))) == len(list((tmp_path / "one").glob("events.out.*")))  # of one rank
+    if importlib.util.find_spec("tensorboard"):
+        assert len(list(out.glob("events.out.*"))) == 1  # of one rank
     for name in ("bbox_regression", "classification"):
         assert saved["history"][0][name] == pytest.approx(one.history[0][name], rel=1e-4)
     assert saved["history"][-1]["mAP@0.5"] == pytest.approx(one.history[-1]["mAP@0.5"], abs=1e-6)

@@ -10,7 +10,7 @@ PEERS = {
 
 
 def peers_of(op: OpInfo) -> Peers:
-    """None for an op that nobody else has."""
+    """Empty for an op that nobody else has."""
     return PEERS.get(op.name, Peers())
 
 

@@ -14,8 +14,8 @@ def _replay(inputs: Inputs, keep: Tensor, margin: float) -> Tensor | str:
     """Take the boxes in the order of ``keep`` in float64: their scores, or what is wrong with that order.
 
     Where two scores are within ``margin``, rounding may order them either way; scores that are equal
-    in float64 must still go by index. (The cases keep IoUs clear of iou_threshold, where the linear
-    rule jumps.)
+    in float64 must still go by index. (IoUs must be clear of
+    iou_threshold then, where the linear rule jumps.)
     """
     given = arguments(ops.soft_nms, inputs)
     boxes, current = given.boxes.cpu().double(), given.scores.cpu().double().nan_to_num(-math.inf, math.inf, -math.inf)

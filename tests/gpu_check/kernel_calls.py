@@ -1,6 +1,6 @@
 """Calls the kernels of every op, those of the gradients too.
 
-By default on each small case in float32 and float64, and on two of a detector's size: what gpu_check.sh runs under
+By default on each small case in float32 and float64, and on two of a detector's size: what check.sh runs under
 compute-sanitizer. Whether the results are right is the tests' to ask. Every output is copied to the CPU, so that
 initcheck sees an element that no kernel wrote.
 

@@ -1,0 +1,1 @@
+"""How an op's results are compared, where a tolerance is not enough."""
