@@ -74,6 +74,7 @@ def test_end_to_end_is_the_model(case):
             assert torch.equal(found[key], expected[key])
 
 
+@pytest.mark.parametrize("case", ["small"], indirect=True)
 @torch.no_grad()
 def test_compiled_without_a_break_and_once_for_all_batch_sizes(case):
     model, _, images = case
@@ -98,6 +99,7 @@ def test_compiled_by_inductor(case):
         assert_equal_detections(compiled(images[:length]), module(images[:length]))
 
 
+@pytest.mark.parametrize("case", ["small"], indirect=True)
 @torch.no_grad()
 def test_program_in_another_process(case, tmp_path, python):
     model, size, images = case
@@ -115,6 +117,7 @@ def test_program_in_another_process(case, tmp_path, python):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["small"], indirect=True)
 @torch.no_grad()
 def test_package_of_aotinductor(case, tmp_path):
     model, size, images = case
