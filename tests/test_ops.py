@@ -132,6 +132,7 @@ def test_cuda_gives_the_cpu_result(op, case, gpu, generator):
         assert_same_bits(gpu(op.op, inputs), op.op(**inputs))
 
 
+@pytest.mark.parametrize("gpu", GPU_PARAMS[:1], indirect=True)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_cuda_gives_the_cpu_result_at_full_size(op, gpu, generator):
     inputs = op.full_size_case.make(generator)
