@@ -94,14 +94,18 @@ class OpInfo:
         return inputs | {name: inputs[name].detach().requires_grad_() for name in self.differentiable}
 
     def with_gradients(self, call: Call, inputs: Inputs) -> Call:
-        """Give what ``call`` gives, and the gradients of its outputs' sum for the leaves among ``inputs``."""
+        """Give what ``call`` gives, and the gradients of its outputs' sum for the leaves among ``inputs``.
+
+        Nothing that is given holds on to the graph: while one lives, a later backward waits for the stream of its
+        forward, which a capture in a CUDA graph does not allow.
+        """
         leaves, ones = [inputs[name] for name in self.differentiable], []
 
         def both():
             result = call()
             outputs = list(tensors_in(result))
             ones[:] = ones or map(torch.ones_like, outputs)
-            return result, torch.autograd.grad(outputs, leaves, ones)
+            return map_tensors(result, Tensor.detach), torch.autograd.grad(outputs, leaves, ones)
 
         return both
 

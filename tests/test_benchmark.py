@@ -75,6 +75,14 @@ def test_gradients_are_checked_and_timed_where_the_case_says_so(monkeypatch):
     assert rows["planted"]["status"] == "timed"  # its boxes are right
 
 
+def test_results_with_gradients_hold_no_graph():
+    # so that the next contender's backward may be captured in a CUDA graph
+    inputs = DECODE.with_leaves(SMALL.make(torch.Generator().manual_seed(0)))
+    boxes, gradients = DECODE.with_gradients(partial(DECODE.op, **inputs), inputs)()
+    assert not boxes.requires_grad and not any(gradient.requires_grad for gradient in gradients)
+    assert torch.equal(boxes, DECODE.op(**inputs))
+
+
 def test_ours_wrong_sets_the_exit_status(monkeypatch, capsys):
     quick = dataclasses.replace(SMALL, benchmark=True, quick=True)
     monkeypatch.setattr(run, "OPS", [dataclasses.replace(DECODE, op=off_by_a_thousandth, cases=[quick])])
