@@ -1,4 +1,4 @@
-"""Writes the README's table of the benchmark and its picture, from the files in benchmarks/results.
+"""Writes the README's tables of the benchmark and their pictures, from the files in benchmarks/results.
 
 python benchmarks/readme.py
 """
@@ -13,10 +13,11 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import report
-from benchmarks.measure import COMPILED, OURS, REFERENCE
+from benchmarks.measure import COMPILED, GRAPH, OURS, REFERENCE
 from benchmarks.record import ROOT, compares_ops, runs
 
-README, PICTURE = ROOT / "README.md", ROOT / "benchmarks" / "readme.svg"
+README = ROOT / "README.md"
+PICTURES = {"cpu": ROOT / "benchmarks" / "readme.svg", "cuda": ROOT / "benchmarks" / "readme-cuda.svg"}
 BEGIN, END = "<!-- written by benchmarks/readme.py -->", "<!-- until here -->"
 ROWS = [
     ("assign_targets", "SSD300 COCO B=32, last"),
@@ -49,34 +50,49 @@ Result = dict[str, Any]  # of a case, and the record of a run, both as run.py de
 Run = dict[str, Any]
 
 
-def measured() -> list[tuple[Result, Run]]:
-    """A result for each of ``ROWS``, of several the newest, with the run that it comes from."""
+def measured(device: str) -> list[tuple[Result, Run]]:
+    """A result for each of ``ROWS``, of several the newest, with the run that it comes from; on a GPU for those that a
+    run has. There a quick one tells as much, as nothing else uses it meanwhile.
+    """
     newest: dict[tuple[str, str], tuple[Result, Run]] = {}
     for _, run in reversed(runs()):
         conditions = run["conditions"]
-        if compares_ops(run) and conditions["device"] == "cpu" and not conditions["quick"]:
+        if compares_ops(run) and conditions["device"] == device and (device == "cuda" or not conditions["quick"]):
             newest |= {(result["op"], result["case"]): (result, run) for result in run["results"]}
-    if missing := [row for row in ROWS if row not in newest]:
+    if device == "cpu" and (missing := [row for row in ROWS if row not in newest]):
         raise LookupError(f"no file in benchmarks/results has {missing}")
-    return [newest[row] for row in ROWS]
+    return [newest[row] for row in ROWS if row in newest]
 
 
 def written() -> str:
     """What the README holds between the two comments."""
-    found = measured()
+    cpu, cuda = section("cpu"), section("cuda")
+    return "\n\n".join([cpu, *(["On a GPU:", cuda] if cuda else ["No GPU has been measured yet."])])
+
+
+def section(device: str) -> str:
+    """Table, conditions and picture of a device; empty where there are no results."""
+    found = measured(device)
+    if not found:
+        return ""
     headings = ["op", "case", OURS, "fastest peer", *map(report.shown_name, SHOWN)]
-    table = report.markdown_table("llrlrr", headings, [line(result) for result, _ in found])
-    link = f"![The same cases with every contender, as bars on a log scale]({PICTURE.relative_to(ROOT).as_posix()})"
-    return "\n\n".join([table, LEGEND, origin(found), link])
+    if device == "cuda":
+        headings.insert(3, f"in a {GRAPH}")
+    lines = [line(result, device) for result, _ in found]
+    link = PICTURES[device].relative_to(ROOT).as_posix()
+    picture = f"![The same cases with every contender, as bars on a log scale]({link})"
+    table = report.markdown_table("llr" + "r" * (device == "cuda") + "lrr", headings, lines)
+    return "\n\n".join([table, *[LEGEND] * (device == "cpu"), origin(found), picture])
 
 
-def line(result: Result) -> list[str]:
+def line(result: Result, device: str) -> list[str]:
     """A row of the table."""
     rows = {row["name"]: row for row in result["contenders"]}
     ours, fastest = rows[OURS], rows[result["best_peer"]]
+    graph = [report.milliseconds(rows[GRAPH]) if "median_ms" in rows.get(GRAPH, {}) else ""] * (device == "cuda")
     peer = f"{report.shown_name(fastest['name'])} {report.cell(fastest, ours)}"
     shown = [report.cell(rows.get(name), ours) for name in SHOWN]
-    return [f"`{result['op']}`", result["case"], report.milliseconds(ours), peer, *shown]
+    return [f"`{result['op']}`", result["case"], report.milliseconds(ours), *graph, peer, *shown]
 
 
 def origin(found: list[tuple[Result, Run]]) -> str:
@@ -88,8 +104,7 @@ def origin(found: list[tuple[Result, Run]]) -> str:
         conditions = report.run_text(run["conditions"]) + f", without {COMPILED}" * (not compiled)
         machines.setdefault(report.machine_texts(run["conditions"]), []).append(f"- {', '.join(ops)}: {conditions}")
     texts = ["\n".join([f"{', '.join(machine)}:\n", *items]) for machine, items in machines.items()]
-    gpus = {run["conditions"].get("gpu") for _, run in runs()} - {None}
-    return "\n\n".join(texts + ["No GPU has been measured yet."] * (not gpus))
+    return "\n\n".join(texts)
 
 
 def _distinct(found: list[tuple[Result, Run]]) -> list[Run]:
@@ -103,14 +118,15 @@ def filled(readme: str) -> str:
     return f"{before}{BEGIN}\n\n{written()}\n\n{END}{after}"
 
 
-def draw_picture(file: Path) -> None:
+def draw_picture(device: str, file: Path) -> None:
     """The same cases with all contenders."""
     from benchmarks.plot import draw
 
-    found = measured()
+    found = measured(device)
     draw([result for result, _ in found], [run["conditions"] for run in _distinct(found)], file)
 
 
 if __name__ == "__main__":
     README.write_text(filled(README.read_text()))
-    draw_picture(PICTURE)
+    for device, picture in PICTURES.items():
+        draw_picture(device, picture)

@@ -137,9 +137,10 @@ def test_table_is_written_from_the_results():
 
 
 def test_every_row_has_the_fastest_peer():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (\S+) \| (.+?) \(", readme.written(), re.MULTILINE)
-    assert len(rows) == len(readme.ROWS) == len(set(readme.ROWS))
-    for (op, case, ours, peer), (result, _) in zip(rows, readme.measured(), strict=True):
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (\S+) \| (?:\S* \| )?(.+?) \(", readme.written(), re.MULTILINE)
+    cpu, cuda = readme.measured("cpu"), readme.measured("cuda")
+    assert len(cpu) == len(readme.ROWS) == len(set(readme.ROWS))
+    for (op, case, ours, peer), (result, _) in zip(rows, [*cpu, *cuda], strict=True):
         assert (op, case) == (result["op"], result["case"])
         times = {row["name"]: row for row in result["contenders"] if "median_ms" in row}
         assert ours == report.milliseconds(times.pop(OURS))
@@ -187,7 +188,8 @@ def test_table_takes_the_newest_full_run_on_a_cpu(recorded):
     assert "| `decode` | SSD300 B=32 | 1.00 | newest 4.00 (4.00x) |  |  |" in written
     assert "A CPU, avx2, 2 threads, torch 2:\n\n- `decode`: commit abc, 2026-11-23 05:30+00:00, memory" in written
     assert "memory copy 10.0 GB/s, without torch.compile\n" in written
-    assert "No GPU has been measured" not in written
+    assert "\n\nOn a GPU:\n\n| op" in written and "| `decode` | SSD300 B=32 | 1.00 |  | peer 2.00 (2.00x) |" in written
+    assert "\n\nA GPU, 2 threads, torch 2" in written
 
 
 def test_a_disturbed_peer_stays_the_fastest_and_is_marked(recorded):
@@ -227,7 +229,8 @@ def texts(picture):
 
 def test_picture_is_drawn_from_the_results(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
-    readme.draw_picture(tmp_path / "drawn.svg")
-    assert texts(readme.PICTURE) == texts(tmp_path / "drawn.svg"), "run python benchmarks/readme.py"
-    assert {op for op, _ in readme.ROWS} < set(texts(readme.PICTURE))
-    assert readme.PICTURE.stat().st_size < 60_000
+    for device, picture in readme.PICTURES.items():
+        readme.draw_picture(device, tmp_path / "drawn.svg")
+        assert texts(picture) == texts(tmp_path / "drawn.svg"), "run python benchmarks/readme.py"
+        assert {result["op"] for result, _ in readme.measured(device)} < set(texts(picture))
+        assert picture.stat().st_size < 60_000
