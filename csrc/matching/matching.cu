@@ -1,14 +1,21 @@
-// One launch matches a batch. Microseconds for SSD300 at B = 32 and at B = 1, predicted for an H100 from the
-// instructions of sm_90; nothing is measured yet.
+// One launch matches a batch.
+//
+// Ladder: microseconds for SSD300 with about 7 ground truths an image at B = 32, with 60 at B = 32, and with a photo's
+// at B = 1, predicted from the instructions of sm_90, or measured on an H200 where it says so.
 //
 // 1. A kernel for the thresholds, a prior a lane, with five shuffles for the best of a warp's priors; then one with a
-//    block for each image for the forced matches, one load in flight: 12 and 8.5.
+//    block for each image for the forced matches, one load in flight: 12, -, 8.5.
 // 2. One kernel: the last block of an image goes on with its forced matches, six loads in flight, after a memset that
-//    clears the tickets; the best of a warp by __reduce_max_sync: 9 and 5.5.
-// 3. This one, two priors a lane, which share what does not depend on the prior: 8 and 5.5.
+//    clears the tickets; the best of a warp by __reduce_max_sync: 9, -, 5.5.
+// 3. Two priors a lane: 8, -, 5.5. Measured: 25.9, 66, -. A pair took 175 instructions, not 75, for 0 / total takes the
+//    slow path of the division; the 35 ground truths of the fullest image came one after another; 64 registers left a
+//    second wave; and the forced matches waited for code that no cache held.
+// 4. This one: no quotient of 0, a prior a lane and two ground truths at a time, the largest priors first, a third less
+//    code: 9, 22, 5.
 //
-// What binds it: at B = 32 instructions, 680 for the 64 priors of a warp; at B = 1 a chain of latencies: memset,
-// offsets, ground truths, fence and ticket, tiles, claims, checks.
+// What binds it: at B = 32 instructions, 300 for the 32 priors of a warp and 54 for each ground truth near them, and
+// the fullest image; at B = 1 a chain of latencies: memset, offsets, ground truths, fence and ticket, tiles, claims,
+// checks.
 #include "matching/matching.h"
 
 #include "common/gpu.h"
@@ -18,13 +25,12 @@
 namespace ssd_ext::matching {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 192;  // with 56 registers each, six blocks fill a multiprocessor
 constexpr int kWarps = kThreads / gpu::kWarp;
-constexpr int kEach = 2;                       // priors of a lane
-constexpr int kWarpTile = kEach * gpu::kWarp;  // priors of a warp: lane l has l, l + 32, ... of them
-constexpr int kTile = kEach * kThreads;        // priors of a block
-constexpr int kGtTile = 64;                    // ground truths in shared memory at a time
-constexpr int32_t kFree = -1;                  // the owner of a prior that no ground truth has claimed
+constexpr int kTile = kThreads;  // priors of a block, one a lane
+constexpr int kGtTile = 64;      // ground truths in shared memory at a time
+constexpr int kAtOnce = 2;       // ground truths that a warp compares at a time, to hide latency
+constexpr int32_t kFree = -1;    // the owner of a prior that no ground truth has claimed
 
 // A prior and its IoU with a ground truth; iou < 0: none. Aligned to be read and written in one access, and without
 // padding.
@@ -43,6 +49,7 @@ __device__ __forceinline__ Best<C> better_of(const Best<C>& a, const Best<C>& b)
 // The best of each aligned group of `lanes` lanes, in all of them; the whole warp must call it.
 template <int lanes, class C>
 __device__ __forceinline__ Best<C> best_of_lanes(Best<C> best) {
+#pragma unroll 1
   for (int d = lanes / 2; d > 0; d /= 2) {
     best =
         better_of(best, {__shfl_xor_sync(gpu::kFullMask, best.iou, d), __shfl_xor_sync(gpu::kFullMask, best.prior, d)});
@@ -92,6 +99,18 @@ __device__ __forceinline__ Rows rows_of(const int64_t* __restrict__ offsets, int
   return {begin, int32_t(end - begin)};
 }
 
+// Stores the label and the target of a prior. Not inlined: the forced matches, which come once, then find its code in
+// the cache.
+template <class T>
+__device__ __attribute__((noinline)) void store_target(const T* gt_box, const int64_t* gt_label, const T* prior,
+                                                       int64_t* label, T* delta, gpu::Compute<T> center,
+                                                       gpu::Compute<T> size) {
+  const int64_t given = *gt_label;
+  const auto d = encode_box(gpu::load_box(gt_box, 0), gpu::load_center_box(prior, 0), center, size);
+  *label = given;
+  gpu::store_four(delta, 0, d.cx, d.cy, d.w, d.h);
+}
+
 // Writes the outputs of one image.
 template <class T>
 struct Writer {
@@ -109,10 +128,8 @@ struct Writer {
       out.matches[row] = j;
       return;
     }
-    const CenterBox<C> d = encode_box(gpu::load_box(gt_boxes, first_gt + j), gpu::load_center_box(priors, p),
-                                      C(rule.center), C(rule.size));
-    out.labels[row] = gt_labels[first_gt + j];
-    gpu::store_four(static_cast<T*>(out.deltas), row, d.cx, d.cy, d.w, d.h);
+    store_target(gt_boxes + 4 * (first_gt + j), gt_labels + first_gt + j, priors + 4 * p, out.labels + row,
+                 static_cast<T*>(out.deltas) + 4 * row, C(rule.center), C(rule.size));
   }
 
   __device__ __forceinline__ void unmatched(int64_t p, bool ignored) const {
@@ -126,7 +143,7 @@ struct Writer {
   }
 };
 
-// ---- matching by threshold, a few priors a lane ----------------------------------------------------
+// ---- matching by threshold, a prior a lane ---------------------------------------------------------
 
 // Some ground truths of an image, in shared memory.
 template <class C>
@@ -145,75 +162,70 @@ __device__ __forceinline__ void load_ground_truth(GtTile<C>& gts, const T* __res
   gts.areas[k] = is_valid(box) ? area(box) : C(-1);
 }
 
-// A prior of a lane and the best ground truth found for it.
+// The prior of a lane and the best ground truth found for it.
 template <class C>
 struct Prior {
   Box<C> box;
   C area;
   C iou = C(-1);  // with its match; -1: there is none yet
   int32_t match = 0;
-
-  __device__ __forceinline__ void set(const Box<C>& b) {
-    box = b;
-    area = ssd_ext::area(b);
-  }
 };
 
 // The bounding box of a warp's priors. A NaN corner does not extend it: such a box has IoU 0 with everything.
 template <class C>
-__device__ __forceinline__ Box<C> bounds_of_warp(const Prior<C> (&priors)[kEach]) {
+__device__ __forceinline__ Box<C> bounds_of_warp(const Box<C>& prior) {
   const C inf = std::numeric_limits<C>::infinity();
-  Box<C> all{inf, inf, -inf, -inf};
-  for (const Prior<C>& p : priors) {
-    all = {min_of(p.box.x1, all.x1), min_of(p.box.y1, all.y1), max_of(p.box.x2, all.x2), max_of(p.box.y2, all.y2)};
-  }
-  const auto most = [](C x) {
-    return from_order_key<C>(from_radix_key(gpu::warp_max(radix_key(order_key_nan_least(x)))));
+  const auto most = [=](C x) {
+    return from_order_key<C>(from_radix_key(gpu::warp_max(radix_key(order_key_nan_least(max_of(x, -inf))))));
   };
-  return {-most(-all.x1), -most(-all.y1), most(all.x2), most(all.y2)};
+  return {-most(-prior.x1), -most(-prior.y1), most(prior.x2), most(prior.y2)};
 }
 
 // Compares the priors of a warp, from `first` on, with ground truths k0 .. k0 + 31 of a tile that begins with the
-// image's j0-th. Each lane updates the matches of its priors and returns the best of the warp's priors for ground
-// truth k0 + lane, which is only right if `forced`. Ground truths that do not meet the bounding box of the priors are
+// image's j0-th. Each lane updates the match of its prior and returns the best of the warp's priors for ground truth
+// k0 + lane, which is only right if `forced`. Ground truths that do not meet the bounding box of the priors are
 // skipped: their IoU with each of them is 0.
 template <class C>
-__device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, int32_t j0, int64_t first,
-                                           const Box<C>& bounds, bool forced, Prior<C> (&priors)[kEach]) {
+__device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, int32_t j0, int32_t first,
+                                           const Box<C>& bounds, bool forced, Prior<C>& prior) {
   const int lane = threadIdx.x % gpu::kWarp, k = k0 + lane;
   const bool valid = k < n && gts.areas[k] > C(0);
   const unsigned all_valid = __ballot_sync(gpu::kFullMask, valid);
   // The first valid ground truth is the match of a prior that overlaps none: at IoU 0, which a threshold of 0 takes.
-  for (Prior<C>& prior : priors) {
-    if (prior.iou < C(0) && all_valid) {
-      prior.iou = C(0);
-      prior.match = j0 + k0 + __ffs(int(all_valid)) - 1;
-    }
+  if (prior.iou < C(0) && all_valid) {
+    prior.iou = C(0);
+    prior.match = j0 + k0 + __ffs(int(all_valid)) - 1;
   }
-  Best<C> best{valid ? C(0) : C(-1), int32_t(first)};  // the first prior, if all have IoU 0
+  Best<C> best{valid ? C(0) : C(-1), first};  // the first prior, if all have IoU 0
   const bool near = valid && may_meet(gts.boxes[k], bounds);
-  for (unsigned left = __ballot_sync(gpu::kFullMask, near); left; left &= left - 1) {
-    const int bit = __ffs(int(left)) - 1, one = k0 + bit;
-    using Bits = std::make_unsigned_t<IntOf<C>>;
-    Bits bits[kEach], most = 0;  // of the IoU, and in the same order, as it is at least +0
-    for (int i = 0; i < kEach; ++i) {
-      Prior<C>& prior = priors[i];
-      const C iou = iou_from(intersection(gts.boxes[one], prior.box), gts.areas[one], prior.area);
-      if (iou > prior.iou) {
-        prior.iou = iou;
-        prior.match = j0 + one;
+  for (unsigned left = __ballot_sync(gpu::kFullMask, near); left;) {
+    int bits[kAtOnce];
+    C parts[kAtOnce], totals[kAtOnce], ious[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) {
+      bits[i] = left || i == 0 ? __ffs(int(left)) - 1 : bits[i - 1];  // the last one once more changes nothing
+      left &= left - 1;
+      const int one = k0 + bits[i];
+      const C inter = intersection(gts.boxes[one], prior.box);
+      totals[i] = gts.areas[one] + prior.area - inter;
+      parts[i] = inter > C(0) && totals[i] > C(0) ? inter : -totals[i];
+    }
+    for (int i = 0; i < kAtOnce; ++i) {
+      // As iou_from(): where that gives 0 without a division, this gives -1 or NaN at first. The usual quotient,
+      // 0 / total, would take the slow path of the division.
+      ious[i] = max_of(parts[i] / totals[i], C(0));
+      if (ious[i] > prior.iou) {
+        prior.iou = ious[i];
+        prior.match = j0 + k0 + bits[i];
       }
-      bits[i] = bit_cast<Bits>(iou);
-      most = bits[i] > most ? bits[i] : most;
     }
     if (!forced) continue;
-    most = gpu::warp_max(most);
-    int lowest = 0;  // of the priors that have it
-    for (int i = kEach - 1; i >= 0; --i) {
-      const unsigned holders = __ballot_sync(gpu::kFullMask, bits[i] == most);
-      if (holders) lowest = i * gpu::kWarp + __ffs(int(holders)) - 1;
+    for (int i = 0; i < kAtOnce; ++i) {
+      // An IoU that is at least +0 is in the order of its bits.
+      using Bits = std::make_unsigned_t<IntOf<C>>;
+      const Bits iou = bit_cast<Bits>(ious[i]), most = gpu::warp_max(iou);
+      const int holder = __ffs(int(__ballot_sync(gpu::kFullMask, iou == most))) - 1;
+      if (lane == bits[i]) best = {bit_cast<C>(most), first + holder};
     }
-    if (lane == bit) best = {bit_cast<C>(most), int32_t(first) + lowest};
   }
   return best;
 }
@@ -242,11 +254,12 @@ struct Claims {
   // Each ground truth wants its best prior, that of its best tile.
   __device__ __forceinline__ void want_best() const {
     constexpr int kParts = 8;   // lanes that share the tiles of a ground truth
-    constexpr int kAtOnce = 6;  // tiles that a lane has in flight: the 18 of SSD300 and the 48 of SSD512 in one round
+    constexpr int kAtOnce = 6;  // tiles that a lane has in flight: the 46 of SSD300 in one round
     const int part = threadIdx.x % kParts;
     for (int32_t j0 = 0; j0 < count; j0 += kThreads / kParts) {
       const int32_t j = j0 + int(threadIdx.x) / kParts;
       Best<C> best{C(-1), 0};
+#pragma unroll 1
       for (unsigned t0 = 0; t0 < tiles; t0 += kParts * kAtOnce) {
         Best<C> some[kAtOnce];
         unsigned t = t0 + part;
@@ -266,6 +279,7 @@ struct Claims {
   // Each ground truth claims the prior that it wants; of several that claim one, the strongest holds it in the end.
   // `wanted` does not change meanwhile, so that whoever holds a prior, its IoU is there to be compared.
   __device__ __forceinline__ void claim() const {
+#pragma unroll 1
     for (int32_t j = threadIdx.x; j < count; j += kThreads) {
       const Best<C> own = wanted[j];
       if (own.iou < C(0)) continue;
@@ -292,8 +306,8 @@ struct Claims {
   // change meanwhile, for it has not lost.
   template <class T>
   __device__ __forceinline__ Best<C> next_best(int32_t j, const Box<C>& box, const T* __restrict__ priors,
-                                               int64_t num_priors) const {
-    constexpr int kAtOnce = 4;  // priors that a lane has in flight
+                                               int32_t num_priors) const {
+    constexpr int kAtOnce = 3;  // priors that a lane has in flight
     const int lane = threadIdx.x % gpu::kWarp;
     Best<C> found{C(-1), 0};
     const auto offer = [&](const Best<C>& one, int32_t held) {
@@ -312,8 +326,9 @@ struct Claims {
         const int bit = __ffs(int(left)) - 1;
         const C most = __shfl_sync(gpu::kFullMask, of_tile.iou, bit);
         if (__any_sync(gpu::kFullMask, found.iou > most)) continue;  // nothing in this tile is better
-        const int64_t begin = int64_t(t0 + bit) * kTile;
-        for (int64_t q0 = begin + lane; q0 < begin + kTile; q0 += kAtOnce * gpu::kWarp) {
+        const int32_t begin = int32_t(t0 + bit) * kTile;
+#pragma unroll 1
+        for (int32_t q0 = begin + lane; q0 < begin + kTile; q0 += kAtOnce * gpu::kWarp) {
           const auto q = [&](int i) { return q0 + i * gpu::kWarp < num_priors ? q0 + i * gpu::kWarp : num_priors - 1; };
           CenterBox<C> some[kAtOnce];
           int32_t held[kAtOnce];
@@ -323,7 +338,7 @@ struct Claims {
             held[i] = gpu::load_written(&owner[q(i)]);
           }
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) offer({iou(box, to_corners(some[i])), int32_t(q(i))}, held[i]);
+          for (int i = 0; i < kAtOnce; ++i) offer({iou(box, to_corners(some[i])), q(i)}, held[i]);
         }
       }
     }
@@ -341,7 +356,7 @@ struct Claims {
 // both sides follow, so this deferred acceptance (Gale and Shapley, 1962) ends in its one stable outcome:
 // what joining the best pair of all, then the best of the rest, and so on would give.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 6)
     match_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
                  const int64_t* __restrict__ gt_labels,  // [G] or nullptr
                  const int64_t* __restrict__ offsets,    // [B + 1]
@@ -352,19 +367,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Best<C> best_of_warps[kWarps][kGtTile];
   const bool forced = rule.force != Force::none;
   const int tid = threadIdx.x, lane = tid % gpu::kWarp, warp = tid / gpu::kWarp;
-  const unsigned tiles = tiles_of(sizes), b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t first = int64_t(tile) * kTile + warp * kWarpTile, last = sizes.priors - 1;
-  const auto prior_at = [&](int i) { return first + i * gpu::kWarp + lane; };  // a lane's i-th
+  // The last tiles come first: detectors end with their largest priors, which meet the most ground truths.
+  const unsigned images = unsigned(sizes.images), tiles = tiles_of(sizes);
+  const unsigned b = blockIdx.x % images, tile = tiles - 1 - blockIdx.x / images;
+  const int32_t first = int32_t(tile) * kTile + warp * gpu::kWarp, p = first + lane, last = int32_t(sizes.priors) - 1;
 
   // 1. The priors of this warp, and the ground truths of this image. Lanes after the last prior repeat it: they tie
   // with it, and the lowest index wins.
-  CenterBox<C> centers[kEach];
-  for (int i = 0; i < kEach; ++i) centers[i] = gpu::load_center_box(priors, prior_at(i) < last ? prior_at(i) : last);
+  const CenterBox<C> center = gpu::load_center_box(priors, p < last ? p : last);
   const Rows rows = rows_of(offsets, b, sizes.gts);
-  Prior<C> own[kEach];
-  for (int i = 0; i < kEach; ++i) own[i].set(to_corners(centers[i]));
-  const Box<C> bounds = bounds_of_warp(own);
-  const Writer<T> write{gt_boxes, gt_labels, priors, out, rule, rows.begin, b * sizes.priors};
+  const Box<C> corners = to_corners(center);
+  Prior<C> own{corners, area(corners)};
+  const Box<C> bounds = bounds_of_warp(corners);
 
   // 2. The best ground truth of each prior, and the best prior of this tile for each ground truth.
   for (int32_t j0 = 0; j0 < rows.count; j0 += kGtTile) {
@@ -386,14 +400,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // 3. The thresholds decide.
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t p = prior_at(i);
-    if (p > last) break;
-    if (forced) work.owner[b * sizes.priors + p] = kFree;
-    if (own[i].iou >= C(rule.iou_threshold)) {
-      write.matched(p, own[i].match);
+  const int64_t first_row = b * sizes.priors;
+  const Writer<T> write{gt_boxes, gt_labels, priors, out, rule, rows.begin, first_row};
+  if (p <= last) {
+    if (forced) work.owner[first_row + p] = kFree;
+    if (own.iou >= C(rule.iou_threshold)) {
+      write.matched(p, own.match);
     } else {
-      write.unmatched(p, own[i].iou >= C(rule.low_threshold));
+      write.unmatched(p, own.iou >= C(rule.low_threshold));
     }
   }
   if (!forced || rows.count == 0) return;
@@ -407,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                          tiles,
                          work.tile_best + rows.begin,
                          rows.count <= kShared ? best_of_warps[0] : work.wanted + rows.begin,
-                         work.owner + b * sizes.priors};
+                         work.owner + first_row};
   claims.want_best();
   __syncthreads();  // a claim reads what its rivals want
   for (;;) {
@@ -415,16 +429,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // all claims are settled
     if (rule.force == Force::last) break;
     bool lost = false;
+#pragma unroll 1
     for (int32_t j = tid; j < rows.count; j += kThreads) lost |= claims.lost(j);
     if (!__syncthreads_or(lost)) break;
     for (int32_t j = warp; j < rows.count; j += kWarps) {
       if (!claims.lost(j)) continue;  // the same for the whole warp
-      const Best<C> next = claims.next_best(j, gpu::load_box(gt_boxes, rows.begin + j), priors, sizes.priors);
+      const Best<C> next = claims.next_best(j, gpu::load_box(gt_boxes, rows.begin + j), priors, int32_t(sizes.priors));
       __syncwarp();  // every lane has read wanted[j] before it changes
       if (lane == 0) claims.wanted[j] = next;
     }
     __syncthreads();  // all searches are over before the next claims
   }
+#pragma unroll 1
   for (int32_t j = tid; j < rows.count; j += kThreads) {
     const Best<C> won = claims.wanted[j];
     if (won.iou >= C(0) && claims.holds(j, won)) write.matched(won.prior, j);
