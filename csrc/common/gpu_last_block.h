@@ -10,17 +10,28 @@
 
 namespace ssd_ext::gpu {
 
+// For one thread of a block, which has made or seen all of its writes.
+__device__ __forceinline__ bool takes_last_ticket(unsigned* ticket, unsigned blocks) {
+  __threadfence();
+  const bool is_last = atomicAdd(ticket, 1u) == blocks - 1;
+  __threadfence();
+  return is_last;
+}
+
 // Whether this block is the last of `blocks` that take the ticket, in all its threads, which call this together.
 // *ticket is 0 before the launch: gpu::clear() or an earlier kernel sees to that.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   __syncthreads();  // all threads have written what they had to
-  bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, 1u) == blocks - 1;
-    __threadfence();
-  }
-  return __syncthreads_or(last);
+  return __syncthreads_or(threadIdx.x == 0 && takes_last_ticket(ticket, blocks));
+}
+
+// The same for one warp alone of each block, in all its lanes. A single block needs no ticket.
+__device__ __forceinline__ bool is_last_warp(unsigned* ticket, unsigned blocks) {
+  __syncwarp();  // all lanes have written what they had to
+  if (blocks == 1) return true;
+  const bool is_last = __any_sync(kFullMask, threadIdx.x % kWarp == 0 && takes_last_ticket(ticket, blocks));
+  __syncwarp();  // what the first lane has seen, all may read
+  return is_last;
 }
 
 // Reads what another block of the same launch has written, after is_last_block(); in one access, so that T is

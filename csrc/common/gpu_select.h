@@ -5,16 +5,6 @@
 
 namespace ssd_ext::gpu {
 
-// The warps' sums, then the sum of those, in a block of kWarp warps. `of_warps` is this call's alone until the next
-// __syncthreads.
-template <class X>
-__device__ X block_sum(X x, X* of_warps) {
-  x = warp_sum(x);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
-  __syncthreads();  // the sums of the warps are written
-  return warp_sum(of_warps[threadIdx.x % kWarp]);
-}
-
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
@@ -106,7 +96,6 @@ __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
 
 constexpr int kSelectThreads = 1024;  // of a block that calls what follows
 constexpr int kSelectWarps = kSelectThreads / kWarp;
-constexpr size_t kMostCachedBytes = 40 * 1024;  // bytes kept in shared memory; P = 8732 in float32 fits
 
 constexpr int kIgnoredKey = 0, kPositiveKey = 1;  // of what is no negative: less than the key of any loss
 
@@ -116,31 +105,83 @@ __device__ __forceinline__ Key key_of(int64_t label, Key key) {
   return label == 0 ? key : Key(label > 0 ? kPositiveKey : kIgnoredKey);
 }
 
+// Keys that a thread has in registers: those of the 8732 priors of SSD300 fit, in float32.
+template <class Key>
+constexpr int kKeysEach = 40 / int(sizeof(Key));
+template <class Key>
+bool are_held(int64_t n) {
+  return n <= kKeysEach<Key> * kSelectThreads;
+}
+
+// The keys of an image's n priors. Thread t has those of priors t, t + kSelectThreads and so on: in registers if kHeld,
+// which takes are_held(n), else made anew for each pass. make(i) makes the key of prior i < n of its loss and its
+// label.
+template <class Key_, bool kHeld, class Make>
+class ImageKeys {
+ public:
+  using Key = Key_;
+  static constexpr int kEach = kKeysEach<Key>;
+
+  __device__ ImageKeys(const Make& make, int64_t n) : make_(make), n_(n) {
+    if constexpr (kHeld) load(0, held_);
+  }
+
+  __device__ int64_t size() const { return n_; }
+
+  // f(first, keys) for each batch: keys[e] is that of prior first + e * kSelectThreads + threadIdx.x, kIgnoredKey
+  // beyond the last one.
+  template <class F>
+  __device__ __forceinline__ void for_each_batch(const F& f) const {
+    if constexpr (kHeld) {
+      f(int64_t(0), held_);
+    } else {
+#pragma unroll 1
+      for (int64_t first = 0; first < n_; first += kEach * kSelectThreads) {
+        Key keys[kEach];
+        load(first, keys);
+        f(first, keys);
+      }
+    }
+  }
+
+  // f(key, prior), likewise.
+  template <class F>
+  __device__ __forceinline__ void for_each(const F& f) const {
+    for_each_batch([&](int64_t first, const Key* keys) {
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) f(keys[e], first + e * kSelectThreads + int(threadIdx.x));
+    });
+  }
+
+ private:
+  __device__ __forceinline__ void load(int64_t first, Key* keys) const {
+    const int64_t left = n_ - first;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int place = e * kSelectThreads + int(threadIdx.x);
+      keys[e] = place < left ? make_(first + place) : Key(kIgnoredKey);
+    }
+  }
+
+  Make make_;
+  int64_t n_;
+  Key held_[kHeld ? kEach : 1];
+};
+
+// What a warp knows of its keys.
+template <class Key>
+struct KeysOfWarp {
+  unsigned positives, negatives;
+  Key most, least_flipped;  // of the negatives: the greatest, and the bits of the least flipped
+};
+
 // What the threads of a block tell each other.
 template <class Key>
 struct Selection {
-  uint64_t labels[kSelectWarps];  // found by each warp: positives in the upper half, negatives in the lower one
-  int64_t ties[kSelectWarps];     // found by each warp
-  int64_t end;                    // of the ties that are taken
-  SelectShared<Key> select;
-};
-
-// The keys of one image: made once into shared memory where they fit, else anew for each pass. make(i) makes the
-// key of prior i < n of its loss and its label.
-template <class Key_, bool kCached, class Make>
-struct ImageKeys {
-  using Key = Key_;
-  Make make;
-  int64_t n;
-  Key* cache;  // [n] if kCached
-
-  __device__ Key operator()(int64_t i) const {
-    if constexpr (kCached) {
-      return cache[i];
-    } else {
-      return make(i);
-    }
-  }
+  KeysOfWarp<Key> keys[kSelectWarps];
+  unsigned counts[kSelectThreads];  // values in each part of a range
+  unsigned of_warps[kSelectWarps];  // and in all parts of a warp's threads
+  unsigned part, above, found;      // which part has the k-th greatest value, how many values are above it, and in it
 };
 
 // The k largest negatives of an image: those whose key is above `key`, or equal to it before prior `end`.
@@ -149,65 +190,90 @@ struct Cut {
   Key key;
   int64_t end;
 
-  __device__ bool takes(Key other, int64_t i) const { return other > key || (other == key && i < end); }
+  __device__ bool takes(Key other, int64_t i) const { return (other > key) | ((other == key) & (i < end)); }
 };
 
-// Ties go to the lowest prior: the one after the last that is taken, of the priors whose key is kth.key.
-template <class Keys, class Key>
-__device__ int64_t end_of_ties(const Keys& keys, const Kth<Key>& kth, Selection<Key>& shared) {
-  // Each warp has a run of consecutive priors, and learns how many ties lie in the runs before its own.
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int64_t n = keys.n, run = (n + kSelectThreads - 1) / kSelectThreads * kWarp;
-  const int64_t begin = warp * run, end = begin + run < n ? begin + run : n;
-  int64_t ties = 0;
-  for (int64_t i = begin + lane; i < end; i += kWarp) ties += keys(i) == kth.key;
-  ties = warp_sum(ties);
-  if (lane == 0) shared.ties[warp] = ties;
-  __syncthreads();  // the ties of every run are written
-  int64_t before = __shfl_sync(kFullMask, sum_before(shared.ties[lane], lane), warp);
-  if (before < kth.wanted && kth.wanted <= before + ties) {  // one warp: the last that is taken lies in its run
-    for (int64_t first = begin; first < end; first += kWarp) {
-      const int64_t i = first + lane;
-      const bool tie = i < end && keys(i) == kth.key;
-      const unsigned tied = __ballot_sync(kFullMask, tie);
-      if (tie && before + count_before(tied, lane) == kth.wanted - 1) shared.end = i + 1;
-      before += __popc(tied);
+// Where the k greatest of some values end: they are those that are at least `value`, if `is_exact`. Else there are more
+// of those, and `value` is the k-th greatest, of whose equals `missing` belong to the k.
+template <class X>
+struct KthValue {
+  X value;
+  bool is_exact;
+  unsigned missing;
+};
+
+// Of the values from `low` to `high`, k >= 1 of them at least. for_each_value(f) calls f(value, is_one) for all that
+// this thread has. Each round splits the range into as many parts as there are threads, counts the values in each and
+// goes on with the one that has the k-th: two or three rounds, as parts soon hold a single value.
+template <class X, class ForEachValue, class Key>
+__device__ KthValue<X> kth_in_range(X low, X high, unsigned k, const ForEachValue& for_each_value,
+                                    Selection<Key>& shared) {
+  constexpr int kPartBits = 10;
+  static_assert(1 << kPartBits == kSelectThreads);
+  const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  for (;;) {
+    const X range = high - low;
+    const int bits = 64 - __clzll(int64_t(range)), shift = bits > kPartBits ? bits - kPartBits : 0;
+    shared.counts[thread] = 0;
+    __syncthreads();  // counts are zero, and everybody has read the last part
+    for_each_value([&](X value, bool is_one) {
+      const X below = high - value;
+      if (is_one & (below <= range)) atomicAdd(&shared.counts[below >> shift], 1u);
+    });
+    __syncthreads();                               // the counts are complete
+    const unsigned found = shared.counts[thread];  // the first part has the greatest values
+    const unsigned of_warp = warp_sum(found);
+    if (lane == 0) shared.of_warps[warp] = of_warp;
+    __syncthreads();  // those of the warps are written
+    const unsigned before = warp_sum(lane < warp ? shared.of_warps[lane] : 0);
+    if (before < k && k <= before + of_warp) {  // one warp
+      const unsigned above = before + sum_before(found, lane);
+      if (above < k && k <= above + found) {
+        shared.part = thread;
+        shared.above = above;
+        shared.found = found;
+      }
     }
+    __syncthreads();  // the part is known
+    k -= shared.above;
+    high -= X(shared.part) << shift;
+    const X others = (X(1) << shift) - 1;  // than `high` in that part
+    low = high - low > others ? high - others : low;
+    if (shared.found == k || shift == 0) return {low, shared.found == k, k};
   }
-  __syncthreads();  // the end is written
-  return shared.end;
 }
 
-// Makes the keys of an image and cuts off the wanted(positives, negatives) largest of its negatives.
-template <class Key, bool kCached, class Make, class Wanted>
-__device__ Cut<Key> cut_negatives(const ImageKeys<Key, kCached, Make>& keys, const Wanted& wanted,
-                                  Selection<Key>& shared) {
-  constexpr int kBits = 8 * int(sizeof(Key)),
-                kAhead = 16 / int(sizeof(Key));  // keys that a thread loads before it uses the first
-  const int64_t n = keys.n;
-  clear_counts<kSelectThreads>(shared.select);
-  uint64_t labels = 0;
-#pragma unroll 1
-  for (int64_t begin = 0; begin < n; begin += kAhead * kSelectThreads) {
-    const unsigned left = unsigned(n - begin < kAhead * kSelectThreads ? n - begin : kAhead * kSelectThreads);
-    Key made[kAhead];
-    const auto place = [](int e) { return e * kSelectThreads + threadIdx.x; };
-#pragma unroll
-    for (int e = 0; e < kAhead; ++e) made[e] = place(e) < left ? keys.make(begin + place(e)) : Key(kIgnoredKey);
-#pragma unroll
-    for (int e = 0; e < kAhead; ++e) {
-      const bool inside = place(e) < left;
-      if (kCached && inside) keys.cache[begin + place(e)] = made[e];
-      if (inside) labels += uint64_t(made[e] == kPositiveKey) << 32 | uint64_t(made[e] > kPositiveKey);
-      count_digit(made[e], inside, kBits - kDigitBits, shared.select);
-    }
-  }
-  labels = block_sum(labels, shared.labels);  // whose barrier publishes cache and counts, too
-  const int64_t negatives = int64_t(labels & 0xffffffff), k = wanted(int64_t(labels >> 32), negatives);
+// Cuts off the wanted(positives, negatives) largest of an image's negatives.
+template <class Keys, class Key, class Wanted>
+__device__ Cut<Key> cut_negatives(const Keys& keys, const Wanted& wanted, Selection<Key>& shared) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  KeysOfWarp<Key> own{};
+  keys.for_each([&](Key key, int64_t) {
+    const bool is_negative = key > kPositiveKey;
+    own.positives += key == kPositiveKey;
+    own.negatives += is_negative;
+    own.most = max_of(key, own.most);
+    own.least_flipped = max_of(is_negative ? Key(~key) : Key(0), own.least_flipped);
+  });
+  const auto join = [](const KeysOfWarp<Key>& k) {
+    return KeysOfWarp<Key>{warp_sum(k.positives), warp_sum(k.negatives), warp_max(k.most), warp_max(k.least_flipped)};
+  };
+  own = join(own);
+  if (lane == 0) shared.keys[warp] = own;
+  __syncthreads();  // what each warp knows is written
+  const KeysOfWarp<Key> all = join(shared.keys[lane]);
+  const int64_t k = wanted(int64_t(all.positives), int64_t(all.negatives));
   if (k == 0) return {~Key(0), 0};  // the same in every thread
-  if (k >= negatives) return {Key(kPositiveKey), 0};
-  const Kth<Key> kth = kth_greatest<kSelectThreads, kBits>(keys, n, k, shared.select, true);
-  return {kth.key, kth.wanted == kth.found ? n : end_of_ties(keys, kth, shared)};
+  if (k >= all.negatives) return {Key(kPositiveKey), 0};
+  const auto by_key = [&](const auto& f) { keys.for_each([&](Key key, int64_t) { f(key, true); }); };
+  const KthValue<Key> kth = kth_in_range(Key(~all.least_flipped), all.most, unsigned(k), by_key, shared);
+  if (kth.is_exact) return {Key(kth.value - 1), 0};
+  // Of the keys that are equal to the k-th greatest, those of the lowest priors are taken.
+  const unsigned last = unsigned(keys.size() - 1);
+  const auto by_prior = [&](const auto& f) {
+    keys.for_each([&](Key key, int64_t i) { f(last - unsigned(i), key == kth.value); });
+  };
+  return {kth.value, int64_t(last - kth_in_range(0u, last, kth.missing, by_prior, shared).value) + 1};
 }
 
 }  // namespace ssd_ext::gpu

@@ -11,6 +11,15 @@ __device__ X warp_sum(X x) {
   return x;
 }
 
+// Of integers. One instruction from Ampere (sm_80) on.
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullMask, x);
+#else
+  return warp_sum<uint32_t>(x);
+#endif
+}
+
 // Sum of x over the lanes before this one.
 template <class X>
 __device__ X sum_before(X x, int lane) {
@@ -33,7 +42,7 @@ __device__ __forceinline__ unsigned next_slot(unsigned* next, unsigned taken) {
   return __shfl_sync(kFullMask, slot, 0) + count_before(taken, lane);
 }
 
-// The maximum of x. One instruction from Ampere (sm_80) on; Turing exchanges lanes.
+// The maximum of x, likewise.
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   return __reduce_max_sync(kFullMask, x);

@@ -33,9 +33,10 @@ static_assert(kSumLanes == gpu::kWarp / 2);
 constexpr int kChunk = 512;       // candidates that are visited together
 constexpr int kThreads = kChunk;  // of a block of finish_kernel
 constexpr int kWarps = kThreads / gpu::kWarp;
-constexpr int kAhead = 4;               // values that a thread loads before it uses them
-constexpr int kKeptInShared = 256;      // boxes; where max_detections is larger, they lie in global memory
-constexpr int64_t kFinishBlocks = 256;  // of finish_kernel, where there are few images
+constexpr int kAhead = 4;                       // values that a thread loads before it uses them
+constexpr int kKeptInShared = 256;              // boxes; where max_detections is larger, they lie in global memory
+constexpr size_t kMostCachedBytes = 40 * 1024;  // of the scores of a class in shared memory
+constexpr int64_t kFinishBlocks = 256;          // of finish_kernel, where there are few images
 
 template <class C>
 constexpr int kKeyBits = 8 * sizeof(C) + 32;
@@ -746,7 +747,7 @@ void detect_cuda(const Inputs& in, const Outputs<void>& out, void* workspace, St
     // Blocks for each image in case its list is lost; all but one leave at once if it is not.
     const int64_t wanted = max_of(kMostPartsCuda, kFinishBlocks / images);
     const auto parts = unsigned(max_of(int64_t(1), min_of(classes, wanted)));
-    const bool is_cached = size_t(priors) <= gpu::kMostCachedBytes / sizeof(C);
+    const bool is_cached = size_t(priors) <= kMostCachedBytes / sizeof(C);
     gpu::launch(is_cached ? finish_kernel<T, true> : finish_kernel<T, false>, dim3(unsigned(images * parts)),
                 dim3(kThreads), finish_bytes<C>(in, is_cached), stream, in, w, typed, parts);
   });

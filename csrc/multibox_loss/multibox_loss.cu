@@ -1,20 +1,23 @@
-// Ladder: microseconds on an H100, SSD300, B = 32, C = 81, float32. All are predictions; nothing is measured yet.
+// Ladder: microseconds on an H200, SSD300, B = 32, C = 81, float32; measured, unless called a prediction.
 //
-// rank_kernel, which reads all logits, 90.5 MB: 31 at least.
-//   85-110  half a warp a row, each logit loaded when it is needed: 1 load in flight, 423 instructions a pair of rows
-//   40      logits, background and label of a row loaded before the first is used: 7 loads in flight, 239 instructions
-//   37      exponentials without bounds, scaled in one step, where none can over- or underflow: 224 instructions
-//   33      a quarter of a warp a row, so that fewer instructions surround the exponentials: 180, 12 loads in flight
-//   Now bytes (31) bind it, and instructions (27) nearly do.
-// settle_kernel, a block an image, as long at B = 1 as at B = 32.
-//   25      mining, sums and their end in launches of their own, logarithms of kept rows by 5 % of the lanes
-//   9       one launch that the last block ends; warps share out their kept rows; keys are loaded four ahead, and most
-//           images need two or three digits of them instead of four
-//   Now the instructions of one multiprocessor bind it: several blocks an image would help, which takes clusters.
-// logits_gradient_kernel, which writes 90.5 MB: 31 at least.
-//   50-58   half a warp a row, stores of 64 bytes that no sector begins with
-//   34      tiles of 64 rows are cleared 16 bytes at a time, then their few kept rows written
-//   Now bytes bind it.
+// rank_kernel, which reads all logits, 90.5 MB: 22 at least, 31 on an H100.
+//   85-110  (predicted) half a warp a row, each logit loaded when it is needed: 1 load in flight, 423 instructions a
+//           pair of rows
+//   40      (predicted) logits, background and label of a row loaded before the first is used: 7 loads in flight, 239
+//           instructions
+//   37      (predicted) exponentials without bounds, scaled in one step, where none can over- or underflow: 224
+//   32      a quarter of a warp a row, so that fewer instructions surround the exponentials: 180, 12 loads in flight
+//   Now instructions bind it: four of five clocks issue one. Memory is busy for three clocks of five.
+// settle_kernel, a block an image, hardly shorter at B = 1 than at B = 32.
+//   25      a radix selection; warps share out their kept rows; the last block ends the sums
+//   20      keys in registers, bisected. Clocks: 4,300 to load and look at 105 KB, 9,500 for 16 rounds, 3,100 to mark,
+//           9,900 for the terms, of which each warp has a few, 1,400 for sums, 2,100 for the ticket, 6,300 for the end
+//   9       (predicted) keys split a thousandfold in two rounds; the terms of full warps; one warp ends
+//   Now the loads and the latency of its steps bind it: several blocks an image would help, which takes clusters.
+// logits_gradient_kernel, which writes 90.5 MB: 20 at least, 31 on an H100.
+//   50-58   (predicted) half a warp a row, stores of 64 bytes that no sector begins with
+//   32      tiles of 64 rows are cleared 16 bytes at a time, then their few kept rows written
+//   Now it waits at its barrier for the first warp, which lists the kept rows.
 #include "multibox_loss/multibox_loss.h"
 
 #include "common/gpu_last_block.h"
@@ -230,13 +233,6 @@ struct Workspace {
   }
 };
 
-// What the threads of a block share.
-template <class Key>
-struct Settling {
-  gpu::Selection<Key> selection;
-  double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];  // found by each warp
-};
-
 // A [batch, num_priors, 4] tensor; `aligned`: each row is one access.
 struct Fours {
   const char* data;
@@ -283,39 +279,6 @@ __device__ __forceinline__ double loc_term(const Fours& deltas, const Fours& tar
   return term;
 }
 
-// Returns sum + term(owner, r) + ... in lane `owner`, over the bits r of its `kept` in rising order. Few bits are set,
-// and terms take long: the lanes of the warp, which call this together, share them evenly.
-template <class F>
-__device__ __forceinline__ double add_terms(double sum, unsigned kept, const F& term) {
-  const int lane = int(threadIdx.x) % gpu::kWarp;
-  const int before = gpu::sum_before(__popc(kept), lane), after = before + __popc(kept);
-  const int all = __shfl_sync(gpu::kFullMask, after, gpu::kWarp - 1);
-#pragma unroll 1
-  for (int begin = 0; begin < all; begin += gpu::kWarp) {
-    // This lane's share is number begin + lane of all, and belongs to the last lane with no more than that before it.
-    const int number = begin + lane;
-    int owner = 0;
-#pragma unroll
-    for (int step = gpu::kWarp / 2; step > 0; step /= 2) {
-      if (__shfl_sync(gpu::kFullMask, before, owner + step) <= number) owner += step;
-    }
-    unsigned bits = __shfl_sync(gpu::kFullMask, kept, owner);
-    const int skipped = number - __shfl_sync(gpu::kFullMask, before, owner);
-#pragma unroll 1
-    for (int i = 0; i < skipped; ++i) bits &= bits - 1;
-    const double made = number < all ? term(owner, __ffs(int(bits)) - 1) : 0;
-    // Each owner fetches its own, which lie side by side.
-    int next = max_of(before - begin, 0);
-    const int end = min_of(after - begin, gpu::kWarp);
-    while (__any_sync(gpu::kFullMask, next < end)) {
-      const double fetched = __shfl_sync(gpu::kFullMask, made, next);
-      if (next < end) sum += fetched;
-      ++next;
-    }
-  }
-  return sum;
-}
-
 struct Scalar {
   void* data;
   DType dtype;
@@ -328,100 +291,156 @@ __device__ void store_scalar(const Scalar& to, double value) {
   }
 }
 
-// Writes the divisors and the losses, of the sums of all images.
-template <class Key>
+// Writes the divisors and the losses, of the sums of all images, by one warp.
 __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisors, const Scalar& loc,
-                       const Scalar& conf, Settling<Key>& shared) {
+                       const Scalar& conf) {
   const int64_t batch = loss.mining.batch;
-  uint64_t positives = 0;
+  const int lane = int(threadIdx.x) % gpu::kWarp;
+  int64_t positives = 0;
 #pragma unroll 1
-  for (int64_t b = threadIdx.x; b < batch; b += kSums) positives += gpu::load_written(&sums[b].positives);
-  positives = gpu::block_sum(positives, shared.selection.labels);
-  double all_loc = 0, all_conf = 0;
+  for (int64_t b = lane; b < batch; b += gpu::kWarp) positives += gpu::load_written(&sums[b].positives);
+  positives = gpu::warp_sum(positives);
+  double all_loc = 0, all_conf = 0;  // of kWarp partial sums, from the one numbered kWarp * lane on
 #pragma unroll 1
-  for (int64_t b = threadIdx.x; b < batch; b += kSums) {
-    const int64_t divisor = divisor_of(gpu::load_written(&sums[b].positives), int64_t(positives), loss);
-    divisors[b] = divisor;
-    all_loc += gpu::load_written(&sums[b].loc) / double(divisor);
-    all_conf += gpu::load_written(&sums[b].conf) / double(divisor);
+  for (int64_t first = 0; first < min_of<int64_t>(batch, kSums); first += gpu::kWarp) {
+    double own_loc = 0, own_conf = 0;
+#pragma unroll 1
+    for (int64_t b = first + lane; b < batch; b += kSums) {
+      const int64_t divisor = divisor_of(gpu::load_written(&sums[b].positives), positives, loss);
+      divisors[b] = divisor;
+      own_loc += gpu::load_written(&sums[b].loc) / double(divisor);
+      own_conf += gpu::load_written(&sums[b].conf) / double(divisor);
+    }
+    own_loc = gpu::warp_sum(own_loc);
+    own_conf = gpu::warp_sum(own_conf);
+    if (first == lane * gpu::kWarp) {
+      all_loc = own_loc;
+      all_conf = own_conf;
+    }
   }
-  all_loc = gpu::block_sum(all_loc, shared.locs);
-  all_conf = gpu::block_sum(all_conf, shared.confs);
-  if (threadIdx.x == 0) {
+  all_loc = gpu::warp_sum(all_loc);
+  all_conf = gpu::warp_sum(all_conf);
+  if (lane == 0) {
     store_scalar(loc, loss.alpha * all_loc);
     store_scalar(conf, all_conf);
   }
 }
 
-constexpr int kRounds = 32;  // of kSums priors, one bit for each
-
-// What is kept of priors first + r * kSums + threadIdx.x: bit r.
+// Which priors of a thread's batch are kept: bit e of that number e.
 struct Kept {
-  unsigned negatives, positives;
+  unsigned all, positives;
 };
 
-// The priors from `first` on; ranks of those that are not kept become the least.
+// Ranks of the batch's priors that are not kept become the least.
 template <class C, class Keys>
-__device__ Kept keep(int64_t first, const Keys& keys, const gpu::Cut<typename Keys::Key>& cut, IntOf<C>* ranks) {
+__device__ Kept keep(int64_t first, const typename Keys::Key* batch, const Keys& keys,
+                     const gpu::Cut<typename Keys::Key>& cut, IntOf<C>* ranks) {
   Kept kept{0, 0};
-#pragma unroll 1
-  for (int r = 0; r < kRounds; ++r) {
-    const int64_t i = first + r * kSums + int(threadIdx.x);
-    if (i >= keys.n) break;
-    const auto key = keys(i);
-    if (key == gpu::kPositiveKey) {
-      kept.positives |= 1u << r;
-    } else if (cut.takes(key, i)) {
-      kept.negatives |= 1u << r;
-    } else {
-      ranks[i] = kAbsent<C>;
-    }
+#pragma unroll
+  for (int e = 0; e < Keys::kEach; ++e) {
+    const int64_t i = first + e * kSums + int(threadIdx.x);
+    const bool is_positive = batch[e] == gpu::kPositiveKey, is_kept = is_positive | cut.takes(batch[e], i);
+    kept.all |= unsigned(is_kept) << e;
+    kept.positives |= unsigned(is_positive) << e;
+    if (i < keys.size() && !is_kept) ranks[i] = kAbsent<C>;
   }
   return kept;
 }
 
-template <class C, bool kCached>
+// The terms of a batch of priors. Few priors are kept, and terms take long: all kept ones are listed, so that full
+// warps compute their terms, and whoever keeps a prior adds its own.
+struct Terms {
+  unsigned
+      of_warps[gpu::kSelectWarps];  // kept priors of each warp, and in the upper half those of them that are positive
+  int prior[kSums];                 // of a term, from the batch's first on
+  double value[kSums];
+};
+
+// f(place, e) for the set bits e of `bits` whose places, counted from `place` on, are in 0 .. kSums - 1.
+template <class F>
+__device__ __forceinline__ void for_each_place(unsigned bits, int place, const F& f) {
+  for (; bits; bits &= bits - 1, ++place) {
+    if (unsigned(place) < unsigned(kSums)) f(place, __ffs(int(bits)) - 1);
+  }
+}
+
+// Adds the terms of a thread's kept priors, in rising order, to its sums. All threads of the block call it.
+template <class ConfTerm, class LocTerm>
+__device__ __forceinline__ void add_terms(const Kept& kept, Terms& terms, const ConfTerm& conf_term,
+                                          const LocTerm& loc_term, double& conf_sum, double& loc_sum) {
+  const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
+  const unsigned own = __popc(kept.all) | __popc(kept.positives) << 16, of_warp = gpu::warp_sum(own);
+  __syncthreads();  // everybody has read those of the last batch
+  if (lane == 0) terms.of_warps[warp] = of_warp;
+  __syncthreads();  // those of the warps are written
+  const unsigned other = terms.of_warps[lane], all = gpu::warp_sum(other);
+  const unsigned before = gpu::warp_sum(lane < warp ? other : 0) + gpu::sum_before(own, lane);
+  // First the terms of conf, then those of loc.
+  const int confs = int(all & 0xffff), count = confs + int(all >> 16);
+  int conf_place = int(before & 0xffff), loc_place = confs + int(before >> 16);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kSums, conf_place -= kSums, loc_place -= kSums) {
+    const auto list = [&](int place, int e) { terms.prior[place] = e * kSums + thread; };
+    for_each_place(kept.all, conf_place, list);
+    for_each_place(kept.positives, loc_place, list);
+    __syncthreads();  // the priors are listed
+    if (const int term = first + thread; term < count) {
+      const int prior = terms.prior[thread];
+      terms.value[thread] = term < confs ? conf_term(prior) : loc_term(prior);
+    }
+    __syncthreads();  // the terms are there
+    for_each_place(kept.all, conf_place, [&](int place, int) { conf_sum += terms.value[place]; });
+    for_each_place(kept.positives, loc_place, [&](int place, int) { loc_sum += terms.value[place]; });
+  }
+}
+
+template <class C, bool kHeld>
 __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     settle_kernel(IntOf<C>* ranks,                     // [B, P]
                   const int64_t* __restrict__ labels,  // [B, P]
                   Fours deltas, Fours targets, Loss loss, Workspace workspace, int64_t* __restrict__ divisors,
                   Scalar loc, Scalar conf) {
   using Key = decltype(radix_key(IntOf<C>{}));
+  __shared__ gpu::Selection<Key> selection;
+  __shared__ Terms terms;
+  __shared__ double locs[gpu::kSelectWarps], confs[gpu::kSelectWarps];  // of each warp
+  const int lane = int(threadIdx.x) % gpu::kWarp, warp = int(threadIdx.x) / gpu::kWarp;
   const int64_t n = loss.mining.num_priors, image = blockIdx.x;
-  gpu::Smem smem;
-  Settling<Key>& shared = *smem.take<Settling<Key>>(1);
-  Key* const cache = smem.take<Key>(kCached ? n : 0);
   if (image < loss.mining.batch) {  // a batch of none has a block, too
     // 1. The hardest negatives are cut off.
     IntOf<C>* const rank = ranks + image * n;
     const int64_t* const label = labels + image * n;
     const auto make = [=](int64_t i) { return gpu::key_of(label[i], radix_key(rank[i])); };
-    const gpu::ImageKeys<Key, kCached, decltype(make)> keys{make, n, cache};
-    const auto wanted = [&](int64_t positives, int64_t negatives) {
-      if (threadIdx.x == 0) workspace.sums[image].positives = positives;
-      return negatives_to_mark(positives, negatives, loss.mining);
+    const gpu::ImageKeys<Key, kHeld, decltype(make)> keys(make, n);
+    int64_t positives = 0;
+    const auto wanted = [&](int64_t found, int64_t negatives) {
+      positives = found;
+      return negatives_to_mark(found, negatives, loss.mining);
     };
-    const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, shared.selection);
+    const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, selection);
     // 2. What is kept is summed up, prior p in partial sum p % kSums, in rising order.
     double loc_sum = 0, conf_sum = 0;
-#pragma unroll 1
-    for (int64_t first = 0; first < n; first += kRounds * kSums) {
-      const Kept kept = keep<C>(first, keys, cut, rank);
-      const int64_t of_warp = first + int(threadIdx.x) / gpu::kWarp * gpu::kWarp;
-      conf_sum = add_terms(conf_sum, kept.negatives | kept.positives,
-                           [&](int owner, int r) { return loss_of_rank<C>(rank[of_warp + r * kSums + owner]); });
-      loc_sum = add_terms(loc_sum, kept.positives, [&](int owner, int r) {
-        return loc_term(deltas, targets, image, of_warp + r * kSums + owner, loss.beta);
-      });
+    keys.for_each_batch([&](int64_t first, const Key* batch) {
+      const Kept kept = keep<C>(first, batch, keys, cut, rank);
+      const auto conf_term = [&](int prior) { return loss_of_rank<C>(rank[first + prior]); };
+      const auto term = [&](int prior) { return loc_term(deltas, targets, image, first + prior, loss.beta); };
+      add_terms(kept, terms, conf_term, term, conf_sum, loc_sum);
+    });
+    loc_sum = gpu::warp_sum(loc_sum);
+    conf_sum = gpu::warp_sum(conf_sum);
+    if (lane == 0) {
+      locs[warp] = loc_sum;
+      confs[warp] = conf_sum;
     }
-    loc_sum = gpu::block_sum(loc_sum, shared.locs);
-    conf_sum = gpu::block_sum(conf_sum, shared.confs);
-    if (threadIdx.x == 0) workspace.sums[image].loc = loc_sum;
-    if (threadIdx.x == gpu::kWarp) workspace.sums[image].conf = conf_sum;
+    __syncthreads();  // the sums of the warps are written
+    if (warp != 0) return;
+    loc_sum = gpu::warp_sum(locs[lane]);
+    conf_sum = gpu::warp_sum(confs[lane]);
+    if (lane == 0) workspace.sums[image] = {positives, loc_sum, conf_sum};
   }
-  // 3. The last block to come so far ends what all have summed.
-  if (gpu::is_last_block(workspace.ticket, gridDim.x)) {
-    finish(workspace.sums, loss, divisors, loc, conf, shared);
+  // 3. The last one to come so far ends what all have summed.
+  if (warp == 0 && gpu::is_last_warp(workspace.ticket, gridDim.x)) {
+    finish(workspace.sums, loss, divisors, loc, conf);
   }
 }
 
@@ -607,8 +626,8 @@ void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targ
                         const Loss& loss, void* loc, void* conf, void* ranks, int64_t* divisors, void* workspace,
                         Stream stream) {
   const Workspace w(workspace, loss);
-  const size_t n = size_t(loss.mining.num_priors);
-  if (n == 0 || loss.mining.batch == 0) gpu::clear(w.ticket, sizeof *w.ticket, stream);  // else rank_kernel does
+  if (loss.mining.num_priors == 0 || loss.mining.batch == 0)
+    gpu::clear(w.ticket, sizeof *w.ticket, stream);  // else rank_kernel does
   gpu::dispatch(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using C = gpu::Compute<T>;
@@ -619,12 +638,10 @@ void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targ
       gpu::launch(rank_kernel<Row>, grid_for(loss.mining, Row::kLanes), dim3(kThreads), 0, stream,
                   static_cast<const T*>(logits.data), logits.strides, labels, loss, rank, w.ticket);
     });
-    const size_t bare = gpu::Smem::end_of<Settling<Key>>(0, 1);
-    const bool cached = n <= gpu::kMostCachedBytes / sizeof(Key);
-    gpu::launch(cached ? settle_kernel<C, true> : settle_kernel<C, false>,
-                dim3(unsigned(max_of<int64_t>(loss.mining.batch, 1))), dim3(gpu::kSelectThreads),
-                cached ? gpu::Smem::end_of<Key>(bare, n) : bare, stream, rank, labels, fours_of(deltas),
-                fours_of(targets), loss, w, divisors, Scalar{loc, deltas.dtype}, Scalar{conf, logits.dtype});
+    gpu::launch(gpu::are_held<Key>(loss.mining.num_priors) ? settle_kernel<C, true> : settle_kernel<C, false>,
+                dim3(unsigned(max_of<int64_t>(loss.mining.batch, 1))), dim3(gpu::kSelectThreads), 0, stream, rank,
+                labels, fours_of(deltas), fours_of(targets), loss, w, divisors, Scalar{loc, deltas.dtype},
+                Scalar{conf, logits.dtype});
   });
 }
 
