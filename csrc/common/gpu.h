@@ -121,6 +121,13 @@ void dispatch(DType dtype, F&& f) {
   }
 }
 
+// iou_from(), of the intersection and the union. Most pairs of boxes lie apart, and their quotient, 0 / total, would
+// take the slow path of the division: where iou_from() gives 0 this one divides to -1 or NaN first.
+template <class C>
+__device__ __forceinline__ C iou_of(C inter, C total) {
+  return max_of((inter > C(0) && total > C(0) ? inter : -total) / total, C(0));
+}
+
 __device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 // Blocks of `threads` that cover n items, for kernels that walk the rest in strides of the grid.

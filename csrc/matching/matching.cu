@@ -200,19 +200,14 @@ __device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, 
   const bool near = valid && may_meet(gts.boxes[k], bounds);
   for (unsigned left = __ballot_sync(gpu::kFullMask, near); left;) {
     int bits[kAtOnce];
-    C parts[kAtOnce], totals[kAtOnce], ious[kAtOnce];
+    C inters[kAtOnce], ious[kAtOnce];
     for (int i = 0; i < kAtOnce; ++i) {
       bits[i] = left || i == 0 ? __ffs(int(left)) - 1 : bits[i - 1];  // the last one once more changes nothing
       left &= left - 1;
-      const int one = k0 + bits[i];
-      const C inter = intersection(gts.boxes[one], prior.box);
-      totals[i] = gts.areas[one] + prior.area - inter;
-      parts[i] = inter > C(0) && totals[i] > C(0) ? inter : -totals[i];
+      inters[i] = intersection(gts.boxes[k0 + bits[i]], prior.box);
     }
     for (int i = 0; i < kAtOnce; ++i) {
-      // As iou_from(): where that gives 0 without a division, this gives -1 or NaN at first. The usual quotient,
-      // 0 / total, would take the slow path of the division.
-      ious[i] = max_of(parts[i] / totals[i], C(0));
+      ious[i] = gpu::iou_of(inters[i], gts.areas[k0 + bits[i]] + prior.area - inters[i]);
       if (ious[i] > prior.iou) {
         prior.iou = ious[i];
         prior.match = j0 + k0 + bits[i];
