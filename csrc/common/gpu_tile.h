@@ -28,16 +28,6 @@ __device__ __forceinline__ unsigned kept_of_warp(unsigned alive, unsigned earlie
   return now;
 }
 
-// The same of a tile, two boxes a lane.
-__device__ __forceinline__ Word kept_of_tile(Word alive, Word earlier_low, Word earlier_high) {
-  Word now = alive, last;
-  do {
-    last = now;
-    now = alive & ballot_tile(!(earlier_low & last), !(earlier_high & last));
-  } while (now != last);
-  return now;
-}
-
 // IoU > threshold, for a threshold >= 0: most boxes do not meet, which is told without a division.
 template <class C>
 __device__ __forceinline__ bool overlaps(const Box<C>& a, const Box<C>& b, C threshold) {

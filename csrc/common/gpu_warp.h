@@ -11,15 +11,6 @@ __device__ X warp_sum(X x) {
   return x;
 }
 
-// Of integers. One instruction from Ampere (sm_80) on.
-__device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  return __reduce_add_sync(kFullMask, x);
-#else
-  return warp_sum<uint32_t>(x);
-#endif
-}
-
 // Sum of x over the lanes before this one.
 template <class X>
 __device__ X sum_before(X x, int lane) {
@@ -42,18 +33,25 @@ __device__ __forceinline__ unsigned next_slot(unsigned* next, unsigned taken) {
   return __shfl_sync(kFullMask, slot, 0) + count_before(taken, lane);
 }
 
-// The maximum of x, likewise.
-__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+// The sum, the bits that any lane has, and the maximum. From Ampere (sm_80) on each is one instruction; Turing exchanges
+// lanes.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kFullMask, x);
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(kFullMask, x); }
+__device__ __forceinline__ uint32_t warp_or(uint32_t x) { return __reduce_or_sync(kFullMask, x); }
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullMask, x); }
 #else
+__device__ inline uint32_t warp_or(uint32_t x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x |= __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+__device__ inline uint32_t warp_max(uint32_t x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const uint32_t other = __shfl_xor_sync(kFullMask, x, offset);
     x = other > x ? other : x;
   }
   return x;
-#endif
 }
+#endif
 
 // The same of 64 bits, for which no GPU has an instruction: the upper halves decide, among equals the lower ones.
 __device__ __forceinline__ uint64_t warp_max(uint64_t x) {

@@ -6,24 +6,35 @@
 
 // 1. Sort:     boxes are put in the order of visiting, and where they are many and of several classes grouped by class
 //              and cut into tiles of kTile.
-// 2. Compare:  which boxes of a chunk, up to kChunk tiles of a group, overlap one kept before it or an earlier one of
-//              the chunk. All chunks that are first in their group at once, then all second ones ...
-// 3. Sweep:    the last block to compare a chunk decides it tile by tile from the bits of step 2.
+// 2. Compare:  which boxes of a chunk, up to kChunk tiles of a group, overlap an earlier one of the chunk, and which of
+// it
+//              and of all later chunks overlap one that was kept of the chunk before. All chunks that are first in
+//              their group at once, then all second ones ...
+// 3. Sweep:    the last block to compare a chunk decides it from the bits of step 2, of the boxes that are left a few
+//              hundred at a time.
 // 4. Compact:  the kept boxes of all groups are put in the order of visiting.
-// Memory stays linear in n: scratch of about 40 bytes a box, or 350 where they are grouped. The host never learns how
+// Memory stays linear in n: scratch of about 50 bytes a box, or 370 where they are grouped. The host never learns how
 // many boxes are kept or how many classes there are.
 //
-// The versions so far, predicted for an H100: nms of 1,000 and of 20,000 boxes, batched_nms of 20,000 in 80 classes.
-//   48, 245, 335 us  torch's sort, a gather, then for each chunk in the order of visiting three launches: compare,
-//                    sweep in one block with two barriers a tile, suppress all later boxes.
-//    8,  95,  40 us  Ranks by counting, on all multiprocessors, instead of a sort of 15 launches (or of one warp); no
-//                    gather; one launch a chunk; four tiles a step of the sweep; rough comparisons without a branch or
-//                    a division; groups side by side. Rejected: one launch of one block
-//                    that keeps a list instead of bits, 12 to 35 us for 1,000 boxes, as one multiprocessor compares 8
-//                    pairs a clock.
+// The versions so far, as a CUDA graph: nms of 1,000 and of 20,000 boxes, batched_nms of 20,000 in 80 classes.
+//   48, 245, 335 us  Predicted for an H100: torch's sort, a gather, then for each chunk in the order of visiting three
+//                    launches: compare, sweep in one block with two barriers a tile, suppress all later boxes.
+//   18, 307,  96 us  Measured on an H200, of 8, 95, 40 predicted: ranks by counting, on all multiprocessors, instead of
+//                    a sort of 15 launches (or of one warp); no gather; one launch a chunk; four tiles a step of the
+//                    sweep; rough comparisons; groups side by side. Of 30 us a chunk the sweep was 15 to 18: it read
+//                    512 KB of bits, most of them 0, and most of them of boxes already removed. Comparing took three
+//                    times the instructions of the rough comparisons; the rest, by counting code, were quotients, which
+//                    nearly every warp took for some pair, and votes. Rejected: one launch of one block that keeps a
+//                    list instead of bits, 12 to 35 us for 1,000 boxes, as one multiprocessor compares 8 pairs a clock.
+//   14, 120,  70 us  Predicted for an H200: words of bits are written and read only where one is set, and only boxes
+//                    that are left take part in the sweep: after the first chunk of 20,000 boxes a tenth to a third.
+//                    A second bound settles nearly all quotients; a row that was removed is compared no more; while a
+//                    chunk is decided, other blocks compare all later tiles with what the chunk before kept, so that a
+//                    chunk begins with few boxes left; searches of a merge go side by side; 128-bit keys are compared
+//                    by their difference.
 // What binds: at 1,000 boxes latency, of two launches and about ten dependent reads; at 20,000 ten chunks one after
-// another, of which half is the sweep's two barriers and four rounds of votes a step; grouped, ten launches for second
-// and later chunks that no group may have.
+// another, of which all but the first two take about 9 us of latency; grouped, ranks and merges of keys of 128 bits,
+// and nine launches for later chunks that no group may have.
 namespace ssd_ext::nms {
 namespace {
 
@@ -32,17 +43,20 @@ using gpu::kTile;
 using gpu::Word;
 
 constexpr int kChunk = 32;  // tiles that are decided in one launch
+constexpr unsigned kFirstTile = 1u << (kChunk - 1);
 constexpr int64_t kChunkBoxes = kChunk * kTile;
-constexpr int64_t kFew = 4096;               // boxes that are sorted in one launch, and not grouped by class
-constexpr int kStep = 4;                     // tiles that a step of the sweep decides
-constexpr int kStepThreads = kStep * kTile;  // of a block: one for each box of a step
-constexpr int kStepWarps = kStepThreads / gpu::kWarp;
-constexpr int kThreads = kStepThreads + gpu::kWarp;  // and a warp that decides
-constexpr int kRowsOfWarp = kTile / kStepWarps;
+constexpr int64_t kFew = 4096;  // boxes that are sorted in one launch, and not grouped by class
+constexpr int kThreads = 256;   // of chunk_kernel
+constexpr int kWarps = kThreads / gpu::kWarp;
+constexpr int kHeld = 4;         // words that a thread holds in registers
+constexpr int kRowsOfWarp = 16;  // of a tile that a warp compares with a column
+constexpr int kWarpsOfColumn = kTile / kRowsOfWarp;
+constexpr int kColumns = kWarps / kWarpsOfColumn;  // that a block compares at once
 template <class C>
-constexpr int kRowsAtOnce = sizeof(C) == 8 ? 1 : kRowsOfWarp / 2;  // as registers allow
+constexpr int kRowsAtOnce = sizeof(C) == 8 ? 1 : 2;  // as registers allow
+constexpr int64_t kBlocks = 384;                     // of chunk_kernel, that a large GPU runs at a time
 constexpr int kCompactThreads = gpu::kWarp * gpu::kWarp;
-static_assert(kChunk == gpu::kWarp && kChunk % kStep == 0);
+static_assert(kChunk == gpu::kWarp && 2 * kRowsOfWarp <= 32);
 
 SSD_EXT_HD int64_t tiles_for(int64_t n) { return (n + kTile - 1) / kTile; }
 
@@ -74,9 +88,13 @@ struct Candidate {
   int64_t class_id;
 };
 
+// For candidates whose rough intersection exceeds the sum of their shares. Mostly it exceeds that by so much that the
+// quotient would exceed the threshold, however it is rounded, as long as no denormal number comes in.
 template <class C>
-__device__ __forceinline__ bool overlaps(const Candidate<C>& a, const Candidate<C>& b, C threshold) {
-  return a.class_id == b.class_id && gpu::overlaps(a.box, b.box, threshold);
+__device__ __forceinline__ bool overlaps(const Candidate<C>& a, const Candidate<C>& b, C shares, C threshold) {
+  if (a.class_id != b.class_id) return false;
+  const bool surely = shares > C(1e-30) && gpu::rough_intersection(a.box, b.box) > shares * C(1 + 4e-5);
+  return surely || gpu::overlaps(a.box, b.box, threshold);
 }
 
 // The boxes, sorted: at position q is box index_of(keys[q]).
@@ -110,21 +128,24 @@ struct Tile {
 struct Chunk {
   Group group;
   int64_t begin;
-  int rows;  // boxes
   int kept;  // boxes of the group that are kept before the chunk
+  int from;  // columns of them with which all later boxes have been compared
 
-  __device__ int tiles() const { return int(tiles_for(rows)); }
-  __device__ bool is_last() const { return begin + rows == group.end; }
+  __device__ int rows() const { return int(min_of(kChunkBoxes, group.end - begin)); }
+  __device__ int tiles() const { return int(tiles_for(rows())); }
+  __device__ bool is_last() const { return begin + rows() == group.end; }
 
-  // What a tile of the chunk is compared with: columns of kTile boxes, first those kept of the group before the chunk,
-  // then the chunk's own up to the tile itself.
+  // What a tile is compared with: columns of kTile boxes, first those kept of the group before the chunk, then the
+  // chunk's own up to the tile itself. Tiles from kChunk on are of later chunks.
   __device__ int kept_columns() const { return int(tiles_for(kept)); }
-  __device__ int columns(int tile) const { return kept_columns() + tile + 1; }
+  __device__ int columns(int tile) const { return kept_columns() + (tile < kChunk ? tile + 1 : 0); }
 
-  // Blocks that have something to compare, if each tile's columns are shared out among `splits` blocks.
+  // Blocks that have something to compare, if each tile's columns are shared out among `splits` blocks. For whole
+  // warps to call.
   __device__ unsigned blocks(int splits) const {
-    const int fewer = min_of(max_of(splits - columns(0), 0), tiles());  // tiles with less columns than splits
-    return unsigned(fewer * columns(0) + fewer * (fewer - 1) / 2 + (tiles() - fewer) * splits);
+    const int tile = threadIdx.x % gpu::kWarp;
+    const int sharers = min_of((columns(tile) - from + kColumns - 1) / kColumns, splits);
+    return gpu::warp_sum(tile < tiles() ? unsigned(sharers) : 0u);
   }
 };
 
@@ -151,10 +172,12 @@ struct Workspace {
   ScoreKey<C>* by_score[2];  // [n]
   ClassKey* by_class[2];     // [n], if grouped
   ScoreKey<C>* kept_keys;    // [n] of each group, from its start on; if there is more than one chunk
-  Word* earlier;             // [n, kChunk], or of one chunk at a time if not grouped; see earlier_of()
-  Tile* tiles;               // [n], if grouped
-  FourFlags* kept;           // [n / 4] whether the box at a place is kept, if grouped
-  Counts* counts;            // []
+  Word* removed_before;      // [n] boxes of the tile at a position that are removed before its chunk's turn
+  unsigned* met_tiles;  // [n] the chunk's tiles, bits from kFirstTile down, that have an earlier box which it overlaps
+  Word* earlier;        // [n, kChunk], or of one chunk at a time if not grouped; see earlier_of()
+  Tile* tiles;          // [n], if grouped
+  FourFlags* kept;      // [n / 4] whether the box at a place is kept, if grouped
+  Counts* counts;       // []
   bool grouped;
   size_t bytes;
 
@@ -166,6 +189,8 @@ struct Workspace {
     by_score[1] = scratch.take<ScoreKey<C>>(n > kFew ? all : 0);
     for (ClassKey*& keys : by_class) keys = scratch.take<ClassKey>(if_grouped);
     kept_keys = scratch.take<ScoreKey<C>>(n > kChunkBoxes ? all : 0);
+    removed_before = scratch.take<Word>(all);
+    met_tiles = scratch.take<unsigned>(all);
     earlier = scratch.take<Word>((grouped || n < kChunkBoxes ? all : kChunkBoxes) * kChunk);
     tiles = scratch.take<Tile>(if_grouped);
     kept = scratch.take<FourFlags>((if_grouped + 3) / 4);
@@ -175,10 +200,18 @@ struct Workspace {
 
   __device__ uint8_t& is_kept(int64_t place) const { return kept[place / 4].of[place % 4]; }
 
-  // Of each box of the chunk, which boxes of the chunk's tile `column` it overlaps that are before it.
+  // Of each box of the chunk, which boxes of the chunk's tile `column` it overlaps that are before it. Written only
+  // where there are any, as met_tiles tells: that is seldom.
   __device__ Word* earlier_of(const Chunk& chunk, int column) const {
-    return earlier + (grouped ? chunk.begin * kChunk : 0) + column * chunk.rows;
+    return earlier + (grouped ? chunk.begin * kChunk : 0) + column * chunk.rows();
   }
+};
+
+// A Word that several warps write: shared memory has no atomics of 64 bits.
+struct alignas(8) Halves {
+  unsigned of[2];
+
+  __device__ bool meets(Word bits) const { return (unsigned(bits) & of[0]) | (unsigned(bits >> gpu::kWarp) & of[1]); }
 };
 
 // What the threads of chunk_kernel tell each other.
@@ -187,13 +220,10 @@ struct Shared {
   alignas(16) C boxes[kTile * 4];  // of the tile
   C shares[kTile];
   int64_t class_ids[kTile];
-  unsigned visited[kTile / gpu::kWarp];  // bits of the boxes whose score is a number
-  Word removed[kChunk];                  // State::removed of each tile
-  Word kept[kChunk];                     // boxes of each tile
-  unsigned alive[kStepWarps];            // bits of the step's boxes that overlap none kept before the step
-  Word within[2][kStep][kStepThreads];   // of the boxes of this step and the next: earlier ones of each tile of it that
-                                         // they overlap
-  int64_t kept_before[kChunk + 1];       // boxes kept of the chunk before each tile
+  unsigned alive[kTile / gpu::kWarp];  // bits of the boxes that may be kept: their score is a number
+  uint16_t rows[kChunkBoxes];          // of the chunk that no box kept before it removes, in order
+  Halves kept[2][kChunk];            // boxes of each tile that are kept as far as is known: now, and in the next round
+  unsigned kept_of_warp[2][kWarps];  // of the boxes of a step, likewise
 };
 
 // ---- sorting ------------------------------------------------------------------------------------
@@ -211,6 +241,8 @@ __global__ void __launch_bounds__(gpu::kRankThreads)
   if (i < n) {
     keep[i] = -1;
     w.states[i] = {0, 0, 0};
+    w.removed_before[i] = 0;
+    w.met_tiles[i] = 0;
     if (w.grouped) w.is_kept(i) = 0;
   }
   if (i == 0) {
@@ -234,13 +266,13 @@ __global__ void __launch_bounds__(gpu::kRankThreads)
 }
 
 template <class Key>
-__global__ void __launch_bounds__(gpu::kRankThreads)
+__global__ void __launch_bounds__(gpu::kRankThreads, 4)
     merge_kernel(const Key* __restrict__ keys, int64_t n, int64_t run, Key* __restrict__ merged) {
   __shared__ int smaller[gpu::kRankWarps][gpu::kRanked];
   gpu::merge_runs(keys, n, run, smaller, merged);
 }
 
-// Cuts groups into tiles, in any order. One thread a position.
+// Cuts groups into tiles, in any order of groups. One thread a position; the first of a group cuts it.
 template <class Key>
 __global__ void __launch_bounds__(gpu::kRankThreads) cut_kernel(const ClassKey* __restrict__ by_class,  // [n]
                                                                 const Key* __restrict__ by_score,       // [n]
@@ -249,34 +281,32 @@ __global__ void __launch_bounds__(gpu::kRankThreads) cut_kernel(const ClassKey* 
                                                                 Tile* __restrict__ tiles,  // [n]
                                                                 Counts* __restrict__ counts) {
   const int64_t q = gpu::global_index();
-  Tile tile{q, {}};
-  bool is_first = false;
-  if (q < n) {
-    const ClassKey own = by_class[q], class_key = own >> 32;
-    keys[q] = by_score[index_of(own)];
-    tile.group.start = gpu::lower_bound(by_class, 0, q, class_key << 32);
-    is_first = (q - tile.group.start) % kTile == 0;
-    if (is_first) tile.group.end = gpu::lower_bound(by_class, q, n, (class_key + 1) << 32);
-  }
-  const unsigned slot = gpu::next_slot(&counts->tiles, __ballot_sync(gpu::kFullMask, is_first));
-  if (!is_first) return;
-  tiles[slot] = tile;
-  if (q == tile.group.start && tile.group.end - q > kChunkBoxes) atomicMax(&counts->longest, int(tile.group.end - q));
+  if (q >= n) return;
+  const ClassKey own = by_class[q], class_key = own >> 32;
+  keys[q] = by_score[index_of(own)];
+  if (q > 0 && by_class[q - 1] >> 32 == class_key) return;
+  const Group group{q, gpu::lower_bound(by_class, q, n, (class_key + 1) << 32)};
+  const int64_t boxes = group.end - q;
+  Tile* const slots = tiles + atomicAdd(&counts->tiles, unsigned(tiles_for(boxes)));
+#pragma unroll 1
+  for (int64_t t = 0; t < tiles_for(boxes); ++t) slots[t] = {q + t * kTile, group};
+  if (boxes > kChunkBoxes) atomicMax(&counts->longest, int(boxes));
 }
 
 // ---- a chunk of each group ------------------------------------------------------------------------
 
-// Compares a tile of the chunk with every gridDim.y-th of its columns. Kept boxes remove what they overlap; of
-// those of the chunk bits are written. Each warp holds the column, two boxes a lane, and compares its share of the
-// tile.
+// Compares a tile with its columns, of which `sharers` blocks take kColumns each in turn. Kept boxes remove what they
+// overlap; of those of the chunk bits are written. Each warp holds a column, two boxes a lane, and compares its share
+// of the tile.
 template <class T>
 __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T>>& w, const Chunk& chunk, int tile,
-                             gpu::Compute<T> threshold, Shared<gpu::Compute<T>>& shared) {
+                             int share, int sharers, gpu::Compute<T> threshold, Shared<gpu::Compute<T>>& shared) {
   using C = gpu::Compute<T>;
   using Key = ScoreKey<C>;
   const int thread = threadIdx.x, lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
   const int kept_columns = chunk.kept_columns(), columns = chunk.columns(tile);
   const OverlapShares<C> shares(threshold);
+  Word* const removed_before = &w.removed_before[chunk.begin + tile * kTile];
 
   // A column is filled up with its last box, which changes no result: that is kept anyway, or its further bits belong
   // to no box.
@@ -286,181 +316,195 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
     const bool is_kept = column < kept_columns;
     const Key* const keys = is_kept ? w.kept_keys + chunk.group.start : in.keys + chunk.begin;
     const int first = (is_kept ? column : column - kept_columns) * kTile,
-              last = (is_kept ? chunk.kept : chunk.rows) - 1;
+              last = (is_kept ? chunk.kept : chunk.rows()) - 1;
     const Key low_key = keys[min_of(first + lane, last)], high_key = keys[min_of(first + gpu::kWarp + lane, last)];
     low = in.candidate(low_key);
     high = in.candidate(high_key);
     low_share = shares.of(low.box);
     high_share = shares.of(high.box);
   };
-  int column = blockIdx.y;
-  if (warp < kStepWarps) read_column(column);
+  int column = chunk.from + share * kColumns + warp / kWarpsOfColumn;
+  if (column < columns) read_column(column);
   if (thread < kTile) {
-    const int row = tile * kTile + thread;
-    const Key key = in.keys[chunk.begin + min_of(row, chunk.rows - 1)];
+    const int64_t row = chunk.begin + tile * kTile + thread;
+    const Key key = in.keys[min_of(row, chunk.group.end - 1)];
     const Candidate<C> c = in.candidate(key);
     gpu::store_four(shared.boxes, thread, c.box.x1, c.box.y1, c.box.x2, c.box.y2);
     shared.shares[thread] = shares.of_query(c.box);
     shared.class_ids[thread] = c.class_id;
-    const unsigned visited = __ballot_sync(gpu::kFullMask, row < chunk.rows && !is_nan<C>(key));
-    if (lane == 0) shared.visited[warp] = visited;
+    const bool is_alive = row < chunk.group.end && !is_nan<C>(key) && !(*removed_before >> thread & 1);
+    const unsigned alive = __ballot_sync(gpu::kFullMask, is_alive);
+    if (lane == 0) shared.alive[warp] = alive;
   }
   __syncthreads();  // the tile is there
-  if (warp >= kStepWarps) return;
 
-  const int first_row = warp * kRowsOfWarp;
+  const int first_row = warp % kWarpsOfColumn * kRowsOfWarp;
   constexpr unsigned kRows = (1u << kRowsOfWarp) - 1;
-  unsigned alive = shared.visited[first_row / gpu::kWarp] >> (first_row % gpu::kWarp) & kRows;
+  unsigned alive = shared.alive[first_row / gpu::kWarp] >> (first_row % gpu::kWarp) & kRows;
   while (column < columns && alive) {
     unsigned hits = 0;  // of the row r: bit r, with the low box, and bit kRowsOfWarp + r, with the high one
-#pragma unroll(kRowsAtOnce<C>)
-    for (int r = 0; r < kRowsOfWarp; ++r) {
-      const Box<C> box = gpu::load_box(shared.boxes, first_row + r);
-      const C share = shared.shares[first_row + r];
-      hits |= unsigned(gpu::rough_intersection(box, low.box) > share + low_share) << r;
-      hits |= unsigned(gpu::rough_intersection(box, high.box) > share + high_share) << (kRowsOfWarp + r);
+    for (unsigned rest = alive; rest;) {
+#pragma unroll
+      for (int e = 0; e < kRowsAtOnce<C>; ++e) {
+        const unsigned bit = rest & -rest;  // 0 if no row is left
+        const int row = first_row + max_of(__ffs(int(rest)), 1) - 1;
+        rest &= rest - 1;
+        const Box<C> box = gpu::load_box(shared.boxes, row);
+        const C share = shared.shares[row];
+        if (gpu::rough_intersection(box, low.box) > share + low_share) hits |= bit;
+        if (gpu::rough_intersection(box, high.box) > share + high_share) hits |= bit << kRowsOfWarp;
+      }
     }
-    hits &= alive | alive << kRowsOfWarp;
     for (unsigned rest = hits; rest; rest &= rest - 1) {
       const unsigned bit = __ffs(int(rest)) - 1, row = first_row + bit % kRowsOfWarp;
       const Candidate<C> one{gpu::load_box(shared.boxes, row), shared.class_ids[row]};
       Candidate<C> other = low;
-      if (bit >= kRowsOfWarp) other = high;
-      if (!overlaps(one, other, threshold)) hits &= ~(1u << bit);
-    }
-    Word earlier = 0;
-    unsigned met_rows = 0;
-    if (__any_sync(gpu::kFullMask, hits != 0)) {
-#pragma unroll
-      for (int r = 0; r < kRowsOfWarp; ++r) {
-        const Word met = ballot_tile(hits >> r & 1, hits >> (kRowsOfWarp + r) & 1);
-        met_rows |= unsigned(met != 0) << r;
-        if (lane == r) earlier = met;
+      C share = low_share;
+      if (bit >= kRowsOfWarp) {
+        other = high;
+        share = high_share;
       }
+      if (!overlaps(one, other, shared.shares[row] + share, threshold)) hits &= ~(1u << bit);
     }
+    const unsigned met = gpu::warp_or(hits), met_rows = (met | met >> kRowsOfWarp) & kRows;
     const int own = column - kept_columns;
     if (own < 0) {
       alive &= ~met_rows;
-    } else if (lane < kRowsOfWarp && (alive >> lane & 1)) {
-      const int row = first_row + lane;
-      if (own == tile) earlier &= (Word(1) << row) - 1;
-      w.earlier_of(chunk, own)[tile * kTile + row] = earlier;
+    } else {
+      for (unsigned rest = met_rows; rest; rest &= rest - 1) {
+        const int r = __ffs(int(rest)) - 1, row = first_row + r;
+        Word earlier = ballot_tile(hits >> r & 1, hits >> (kRowsOfWarp + r) & 1);
+        if (own == tile) earlier &= (Word(1) << row) - 1;
+        if (lane > 0 || earlier == 0) continue;
+        w.earlier_of(chunk, own)[tile * kTile + row] = earlier;
+        atomicOr(&w.met_tiles[chunk.begin + tile * kTile + row], kFirstTile >> own);
+      }
     }
-    column += gridDim.y;
+    column += sharers * kColumns;
     if (column < columns) read_column(column);
   }
   if (lane == 0 && alive != kRows) {
-    atomicOr(&w.states[chunk.begin + tile * kTile].removed, Word(kRows & ~alive) << first_row);
+    Word* const removed = tile < kChunk ? &w.states[chunk.begin + tile * kTile].removed : removed_before;
+    atomicOr(removed, Word(kRows & ~alive) << first_row);
   }
 }
 
-// Which boxes of a step are kept, for one warp to call: tile after tile, since those kept of a tile remove boxes of
-// the next ones.
-template <class C>
-__device__ void decide_step(int step, Shared<C>& shared) {
-  const int lane = threadIdx.x % gpu::kWarp;
-  Word kept[kStep];
-#pragma unroll
-  for (int t = 0; t < kStep; ++t) {
-    const int low = t * kTile + lane, high = low + gpu::kWarp;
-    Word alive = shared.alive[2 * t] | Word(shared.alive[2 * t + 1]) << gpu::kWarp;
-    Word low_met = 0, high_met = 0;
-#pragma unroll
-    for (int before = 0; before < t; ++before) {
-      low_met |= shared.within[step % 2][before][low] & kept[before];
-      high_met |= shared.within[step % 2][before][high] & kept[before];
-    }
-    if (t > 0) alive &= ~ballot_tile(low_met != 0, high_met != 0);
-    kept[t] = gpu::kept_of_tile(alive, shared.within[step % 2][t][low], shared.within[step % 2][t][high]);
-    if (lane == 0) shared.kept[step * kStep + t] = kept[t];
-  }
-}
+// Boxes of the chunk that one of it overlaps, of up to kHeld tiles.
+struct Earlier {
+  unsigned tiles;  // a byte each
+  Word boxes[kHeld];
+};
 
-// Decides which boxes of a chunk are kept, kStep tiles at a time, from the bits of compare_tile. While one warp
-// decides a step, the threads of the others read what they need of the next, each for one box.
-template <class C>
-__device__ void sweep_chunk(const Workspace<C>& w, const Chunk& chunk, Shared<C>& shared) {
-  const int thread = threadIdx.x, lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  const int tiles = chunk.tiles(), own_tile = thread / kTile;
-  const bool decides = warp == kStepWarps;
-  if (thread < kChunk) {
-    const State* const state = &w.states[chunk.begin + thread * kTile];
-    shared.removed[thread] = thread < tiles ? gpu::load_written(&state->removed) : ~Word(0);
-    shared.kept[thread] = 0;
-  }
-  __syncthreads();  // what is removed is there
-
-  bool removed;           // the box of this thread
-  Word met;               // kept boxes of the chunk that it overlaps, but for those of the last step
-  Word last_step[kStep];  // boxes of the last step that it overlaps, kept or not
-  const auto read_row = [&](int step) {
-    removed = shared.removed[step * kStep + own_tile] >> (thread % kTile) & 1;
-    met = 0;
-    const auto word = [&](int tile) {
-      return removed ? Word(0) : gpu::load_written(w.earlier_of(chunk, tile) + step * kStepThreads + thread);
-    };
-#pragma unroll
-    for (int t = 0; t < kStep; ++t) {
-      last_step[t] = step > 0 ? word((step - 1) * kStep + t) : 0;
-      shared.within[step % 2][t][thread] = t <= own_tile ? word(step * kStep + t) : 0;
-    }
-#pragma unroll 4
-    for (int t = 0; t < (step - 1) * kStep; ++t) met |= word(t) & shared.kept[t];
-  };
-  if (!decides) read_row(0);
-  for (int step = 0; step * kStep < tiles; ++step) {
-    if (!decides) {
-      if (step > 0) {
-#pragma unroll
-        for (int t = 0; t < kStep; ++t) met |= last_step[t] & shared.kept[(step - 1) * kStep + t];
-      }
-      const unsigned alive = __ballot_sync(gpu::kFullMask, !removed && met == 0);
-      if (lane == 0) shared.alive[warp] = alive;
-    }
-    __syncthreads();  // what the step's boxes overlap is there
-    if (decides) {
-      decide_step(step, shared);
-    } else if ((step + 1) * kStep < tiles) {
-      read_row(step + 1);
-    }
-    __syncthreads();  // the kept boxes of the step are known
-  }
-}
-
-// Writes the kept boxes of a chunk: to `keep`, or as flags if groups are yet to be compacted; and for the next chunk of
-// the group.
+// Decides which boxes of a chunk are kept, from what compare_tile wrote, and writes those: to `keep`, or as flags if
+// groups are yet to be compacted; and for the next chunk of the group.
+//
+// A step decides kThreads of the boxes that nothing kept before the chunk removes, in a few rounds: each box is kept if
+// no earlier one that it overlaps was kept in the round before. A box is right at the latest one round after all before
+// it are; where a round changes nothing, all are.
 template <class T>
-__device__ void write_kept(const Sorted<T>& in, const Workspace<gpu::Compute<T>>& w, const Chunk& chunk,
-                           Shared<gpu::Compute<T>>& shared, int64_t* keep, int64_t* count) {
-  using C = gpu::Compute<T>;
-  const int thread = threadIdx.x, lane = thread % gpu::kWarp;
-  if (thread < kChunk) {
-    const int64_t kept = __popcll(shared.kept[lane]), before = gpu::sum_before(kept, lane);
-    shared.kept_before[lane] = before;
-    if (lane == kChunk - 1) shared.kept_before[kChunk] = before + kept;
-  }
-  __syncthreads();  // they are counted
-  for (int row = thread; row < chunk.rows; row += kThreads) {
-    const int tile = row / kTile;
-    const Word bit = Word(1) << (row % kTile);
-    if (!(shared.kept[tile] & bit)) continue;
-    const int64_t rank = chunk.kept + shared.kept_before[tile] + __popcll(shared.kept[tile] & (bit - 1));
-    const ScoreKey<C> key = in.keys[chunk.begin + row];
-    if (w.grouped) {
-      w.is_kept(index_of(in.by_class[chunk.begin + row])) = 1;
-    } else {
-      keep[rank] = index_of(key);
+__device__ void sweep_chunk(const Sorted<T>& in, const Workspace<gpu::Compute<T>>& w, const Chunk& chunk,
+                            Shared<gpu::Compute<T>>& shared, int64_t* keep, int64_t* count) {
+  using Key = ScoreKey<gpu::Compute<T>>;
+  const int thread = threadIdx.x, lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
+  if (warp == 0) shared.kept[0][lane] = shared.kept[1][lane] = {0, 0};
+  // Each warp lists the rows of its share of the tiles.
+  const int boxes = min_of(max_of(chunk.rows() - lane * kTile, 0), kTile);  // of the tile of this lane
+  const Word listed =
+      boxes == 0 ? 0
+                 : ~gpu::load_written(&w.states[chunk.begin + lane * kTile].removed) & (~Word(0) >> (kTile - boxes));
+  const int listed_before = gpu::sum_before(__popcll(listed), lane);
+  const int rows = __shfl_sync(gpu::kFullMask, listed_before + __popcll(listed), kChunk - 1);
+  for (int tile = warp; tile < kChunk; tile += kWarps) {
+    const Word of_tile = __shfl_sync(gpu::kFullMask, listed, tile);
+    const int first = __shfl_sync(gpu::kFullMask, listed_before, tile);
+    for (int i = lane; i < kTile; i += gpu::kWarp) {
+      const Word bit = Word(1) << i;
+      if (of_tile & bit) shared.rows[first + __popcll(of_tile & (bit - 1))] = uint16_t(tile * kTile + i);
     }
-    if (!chunk.is_last()) w.kept_keys[chunk.group.start + rank] = key;
+  }
+  __syncthreads();  // the rows are listed
+
+  const auto row_of = [&](int step) {
+    const int i = step * kThreads + thread;
+    return i < rows ? int(shared.rows[i]) : -1;
+  };
+  const auto met_tiles_of = [&](int row) { return row < 0 ? 0u : gpu::load_written(&w.met_tiles[chunk.begin + row]); };
+  const auto take_earlier = [&](int row, unsigned& met_tiles) {
+    Earlier earlier{};
+#pragma unroll
+    for (int e = 0; e < kHeld; ++e) {
+      if (met_tiles == 0) continue;
+      const int tile = kChunk - __ffs(int(met_tiles));
+      earlier.tiles |= unsigned(tile) << (8 * e);
+      earlier.boxes[e] = gpu::load_written(w.earlier_of(chunk, tile) + row);
+      met_tiles &= met_tiles - 1;
+    }
+    return earlier;
+  };
+  // What a step needs is read while the one before it is decided.
+  int row = row_of(0), kept = chunk.kept, now = 0;
+  unsigned met_tiles = met_tiles_of(row), next_met_tiles = met_tiles_of(row_of(1));
+  Earlier earlier = take_earlier(row, met_tiles);
+  for (int step = 0; step * kThreads < rows; ++step) {
+    const Key key = row < 0 ? Key(0) : in.keys[chunk.begin + row];
+    const int next_row = row_of(step + 1);
+    const Earlier next_earlier = take_earlier(next_row, next_met_tiles);
+    const unsigned after_next = met_tiles_of(row_of(step + 2));
+    const auto meets_kept = [&](const Earlier& some) {
+      bool meets = false;
+#pragma unroll
+      for (int e = 0; e < kHeld; ++e) meets |= shared.kept[now][some.tiles >> (8 * e) & 255].meets(some.boxes[e]);
+      return meets;
+    };
+    bool is_open = row >= 0, is_kept = false, was_kept = false;
+    for (int round = 0;; ++round) {
+      bool found = is_open && !meets_kept(earlier);
+      for (unsigned rest = met_tiles; rest && found;) found = !meets_kept(take_earlier(row, rest));
+      if (round == 0) {  // none of this step is kept yet: what was met stays, and the tiles before the step are settled
+        is_open = found;
+        met_tiles &= ~0u >> (shared.rows[step * kThreads] / kTile);
+      }
+      if (found != was_kept) {  // what the other copy says, which is a round older
+        atomicXor(&shared.kept[1 - now][row / kTile].of[row % kTile / gpu::kWarp], 1u << (row % gpu::kWarp));
+      }
+      now = 1 - now;
+      const unsigned votes = __ballot_sync(gpu::kFullMask, found);
+      if (lane == 0) shared.kept_of_warp[now][warp] = votes;
+      const bool changes = found != is_kept;
+      was_kept = is_kept;
+      is_kept = found;
+      if (!__syncthreads_or(changes)) break;  // the round's boxes are known
+    }
+
+    int rank = kept;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      const unsigned votes = shared.kept_of_warp[now][other];
+      kept += __popc(votes);
+      rank += other < warp ? __popc(votes) : other == warp ? int(gpu::count_before(votes, lane)) : 0;
+    }
+    if (is_kept) {
+      const int64_t position = chunk.begin + row;
+      if (w.grouped) {
+        w.is_kept(index_of(in.by_class[position])) = 1;
+      } else {
+        keep[rank] = index_of(key);
+      }
+      if (!chunk.is_last()) w.kept_keys[chunk.group.start + rank] = key;
+    }
+    row = next_row;
+    earlier = next_earlier;
+    met_tiles = next_met_tiles;
+    next_met_tiles = after_next;
   }
   if (thread > 0) return;
-  const int64_t kept = chunk.kept + shared.kept_before[kChunk];
-  if (!chunk.is_last()) w.states[chunk.begin + chunk.rows].kept = int(kept);
+  if (!chunk.is_last()) w.states[chunk.begin + chunk.rows()].kept = kept;
   if (!w.grouped) *count = kept;
 }
 
-// The chunk number `wave` of each group that has one. Block (x, y) compares every gridDim.x-th tile of them with every
-// gridDim.y-th column; the last block to be done with a chunk decides it.
+// Decides the chunk number `wave` of each group that has one. Block (x, y) compares every gridDim.x-th tile of them
+// with its share of the columns; the last block to be done with a chunk decides it. Meanwhile blocks (x, y, 1) compare
+// all later tiles with what has been kept lately.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(gpu::Compute<T>) == 8 ? 2 : 3)
     chunk_kernel(Sorted<T> in, Workspace<gpu::Compute<T>> w, int64_t wave, gpu::Compute<T> threshold,
@@ -468,19 +512,28 @@ __global__ void __launch_bounds__(kThreads, sizeof(gpu::Compute<T>) == 8 ? 2 : 3
                  int64_t* __restrict__ count) {
   __shared__ Shared<gpu::Compute<T>> shared;
   if (w.grouped && wave > 0 && w.counts->longest <= wave * kChunkBoxes) return;
-  const unsigned tiles = w.grouped ? w.counts->tiles : gridDim.x;
-  for (unsigned t = blockIdx.x; t < tiles; t += gridDim.x) {
+  const bool is_current = blockIdx.z == 0;
+  const unsigned share = is_current ? blockIdx.y : 0, sharers = is_current ? gridDim.y : 1;
+  const unsigned blocks = gridDim.x * gridDim.y / sharers;
+  const unsigned tiles = w.grouped    ? w.counts->tiles
+                         : is_current ? gridDim.x
+                                      : unsigned(tiles_for(in.n) - wave * kChunk);
+  for (unsigned t = blockIdx.x + (blockIdx.y - share) * gridDim.x; t < tiles; t += blocks) {
     const Tile tile = w.grouped ? w.tiles[t] : Tile{(wave * kChunk + t) * kTile, {0, in.n}};
     const int64_t begin = tile.group.start + wave * kChunkBoxes;
-    if (tile.first < begin || tile.first >= begin + kChunkBoxes) continue;
-    const int rows = int(min_of(kChunkBoxes, tile.group.end - begin)), kept = wave > 0 ? w.states[begin].kept : 0;
-    const Chunk chunk{tile.group, begin, rows, kept};
+    if (tile.first < begin || (tile.first < begin + kChunkBoxes) != is_current) continue;
+    const int kept = wave > 0 ? w.states[begin].kept : 0;
+    const int compared = wave > 0 ? w.states[begin - kChunkBoxes].kept : 0;
+    const Chunk chunk{tile.group, begin, kept, compared / kTile};
     const int tile_of_chunk = int((tile.first - begin) / kTile);
-    if (int(blockIdx.y) >= chunk.columns(tile_of_chunk)) continue;
-    compare_tile(in, w, chunk, tile_of_chunk, threshold, shared);
-    if (!gpu::is_last_block(&w.states[begin].ticket, chunk.blocks(gridDim.y))) continue;
-    sweep_chunk(w, chunk, shared);
-    write_kept(in, w, chunk, shared, keep, count);
+    if (chunk.from + int(share) * kColumns >= chunk.columns(tile_of_chunk)) continue;
+    compare_tile(in, w, chunk, tile_of_chunk, share, sharers, threshold, shared);
+    if (!is_current) {
+      __syncthreads();  // everybody has read the tile
+      continue;
+    }
+    if (!gpu::is_last_block(&w.states[begin].ticket, chunk.blocks(sharers))) continue;
+    sweep_chunk(in, w, chunk, shared, keep, count);
   }
 }
 
@@ -551,12 +604,14 @@ void nms_cuda(DType dtype, const void* boxes, const void* scores, const int64_t*
     }
     const int64_t tiles = tiles_for(n);
     for (int64_t wave = 0; wave * kChunk < tiles; ++wave) {
-      // Columns are shared out among blocks enough to fill the device, if there are so many.
+      // Columns are shared out among blocks enough to fill the device once, if there are so many: what a block finds
+      // removed it compares no more.
       const int64_t in_chunk = min_of(tiles - wave * kChunk, int64_t(kChunk));
-      const int64_t splits = min_of(wave * kChunk + in_chunk, kChunk * kChunk / in_chunk);
-      const dim3 grid = !w.grouped  ? dim3(unsigned(in_chunk), unsigned(splits))
-                        : wave == 0 ? dim3(512, 4)
-                                    : dim3(64, 16);
+      const int64_t splits = min_of((wave * kChunk + in_chunk + kColumns - 1) / kColumns, kBlocks / in_chunk);
+      const unsigned turns = wave > 0 && (wave + 1) * kChunk < tiles ? 2 : 1;  // of this chunk and of later ones
+      const dim3 grid = !w.grouped  ? dim3(unsigned(in_chunk), unsigned(splits), turns)
+                        : wave == 0 ? dim3(512, 2)
+                                    : dim3(32, 8, turns);
       gpu::launch(chunk_kernel<T>, grid, dim3(kThreads), 0, stream, sorted, w, wave, C(iou_threshold), keep, count);
     }
     if (w.grouped) {
