@@ -58,7 +58,7 @@ WIDE = {
 STREAMING = [
     ("boxes::encode_kernel", "STG", "T", "gpu::store_four(deltas"),
     ("boxes::decode_kernel", "STG", "T", "gpu::store_four(boxes"),
-    ("detect::collect_kernel", "LDG", "T", "most[i] = max_of(logit("),
+    ("detect::collect_kernel", "LDG", "T", "< classes ? *row"),
     ("matching::match_kernel", "STG", "T", "gpu::store_four(static_cast<T*>(out.deltas)"),
     ("mining::hard_negatives_kernel", "LDG", "int64", "gpu::key_of(labels[first + i]"),
     (r"multibox_loss::rank_kernel<multibox_loss::LogitsRow<\w+, \d+, (?!3)", "LDG", "T", "values[j] = is_class("),

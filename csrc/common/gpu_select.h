@@ -127,19 +127,20 @@ class ImageKeys {
   }
 
   __device__ int64_t size() const { return n_; }
+  static __device__ int place_of(int e) { return e * kSelectThreads + int(threadIdx.x); }
 
-  // f(first, keys) for each batch: keys[e] is that of prior first + e * kSelectThreads + threadIdx.x, kIgnoredKey
-  // beyond the last one.
+  // f(first, size, keys) for each batch of priors first, first + 1 ... first + size - 1: keys[e] is that of prior
+  // first + place_of(e), kIgnoredKey beyond the last one.
   template <class F>
   __device__ __forceinline__ void for_each_batch(const F& f) const {
     if constexpr (kHeld) {
-      f(int64_t(0), held_);
+      f(int64_t(0), int(n_), held_);
     } else {
 #pragma unroll 1
       for (int64_t first = 0; first < n_; first += kEach * kSelectThreads) {
         Key keys[kEach];
         load(first, keys);
-        f(first, keys);
+        f(first, int(min_of<int64_t>(n_ - first, kEach * kSelectThreads)), keys);
       }
     }
   }
@@ -147,20 +148,17 @@ class ImageKeys {
   // f(key, prior), likewise.
   template <class F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    for_each_batch([&](int64_t first, const Key* keys) {
+    for_each_batch([&](int64_t first, int, const Key* keys) {
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) f(keys[e], first + e * kSelectThreads + int(threadIdx.x));
+      for (int e = 0; e < kEach; ++e) f(keys[e], first + place_of(e));
     });
   }
 
  private:
   __device__ __forceinline__ void load(int64_t first, Key* keys) const {
-    const int64_t left = n_ - first;
+    const int left = int(min_of<int64_t>(n_ - first, kEach * kSelectThreads));
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      const int place = e * kSelectThreads + int(threadIdx.x);
-      keys[e] = place < left ? make_(first + place) : Key(kIgnoredKey);
-    }
+    for (int e = 0; e < kEach; ++e) keys[e] = place_of(e) < left ? make_(first + place_of(e)) : Key(kIgnoredKey);
   }
 
   Make make_;
@@ -172,7 +170,7 @@ class ImageKeys {
 template <class Key>
 struct KeysOfWarp {
   unsigned positives, negatives;
-  Key most, least_flipped;  // of the negatives: the greatest, and the bits of the least flipped
+  Key most, least;  // of the negatives
 };
 
 // What the threads of a block tell each other.
@@ -190,7 +188,15 @@ struct Cut {
   Key key;
   int64_t end;
 
-  __device__ bool takes(Key other, int64_t i) const { return (other > key) | ((other == key) & (i < end)); }
+  // The same of a batch, by the place in it.
+  struct OfBatch {
+    Key key;
+    int end;
+    __device__ bool takes(Key other, int place) const { return (other > key) | ((other == key) & (place < end)); }
+  };
+  __device__ OfBatch of_batch(int64_t first, int size) const {
+    return {key, int(min_of<int64_t>(max_of<int64_t>(end - first, 0), size))};
+  }
 };
 
 // Where the k greatest of some values end: they are those that are at least `value`, if `is_exact`. Else there are more
@@ -247,16 +253,17 @@ __device__ KthValue<X> kth_in_range(X low, X high, unsigned k, const ForEachValu
 template <class Keys, class Key, class Wanted>
 __device__ Cut<Key> cut_negatives(const Keys& keys, const Wanted& wanted, Selection<Key>& shared) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  KeysOfWarp<Key> own{};
+  KeysOfWarp<Key> own{0, 0, 0, ~Key(0)};
   keys.for_each([&](Key key, int64_t) {
     const bool is_negative = key > kPositiveKey;
     own.positives += key == kPositiveKey;
     own.negatives += is_negative;
     own.most = max_of(key, own.most);
-    own.least_flipped = max_of(is_negative ? Key(~key) : Key(0), own.least_flipped);
+    own.least = min_of(is_negative ? key : ~Key(0), own.least);
   });
   const auto join = [](const KeysOfWarp<Key>& k) {
-    return KeysOfWarp<Key>{warp_sum(k.positives), warp_sum(k.negatives), warp_max(k.most), warp_max(k.least_flipped)};
+    return KeysOfWarp<Key>{warp_sum(k.positives), warp_sum(k.negatives), warp_max(k.most),
+                           Key(~warp_max(Key(~k.least)))};
   };
   own = join(own);
   if (lane == 0) shared.keys[warp] = own;
@@ -266,7 +273,7 @@ __device__ Cut<Key> cut_negatives(const Keys& keys, const Wanted& wanted, Select
   if (k == 0) return {~Key(0), 0};  // the same in every thread
   if (k >= all.negatives) return {Key(kPositiveKey), 0};
   const auto by_key = [&](const auto& f) { keys.for_each([&](Key key, int64_t) { f(key, true); }); };
-  const KthValue<Key> kth = kth_in_range(Key(~all.least_flipped), all.most, unsigned(k), by_key, shared);
+  const KthValue<Key> kth = kth_in_range(all.least, all.most, unsigned(k), by_key, shared);
   if (kth.is_exact) return {Key(kth.value - 1), 0};
   // Of the keys that are equal to the k-th greatest, those of the lowest priors are taken.
   const unsigned last = unsigned(keys.size() - 1);

@@ -4,9 +4,11 @@
 
 namespace ssd_ext::gpu {
 
-// Lane l takes x of lane l ^ 16, then of l ^ 8, ... l ^ 1: one order for sums of doubles, too.
+// Lane l takes x of lane l ^ 16, then of l ^ 8, ... l ^ 1: one order for sums of doubles, too. A loop, because what is
+// summed once in a kernel waits for its code.
 template <class X>
 __device__ X warp_sum(X x) {
+#pragma unroll 1
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
   return x;
 }
@@ -33,10 +35,11 @@ __device__ __forceinline__ unsigned next_slot(unsigned* next, unsigned taken) {
   return __shfl_sync(kFullMask, slot, 0) + count_before(taken, lane);
 }
 
-// The sum, the bits that any lane has, and the maximum. From Ampere (sm_80) on each is one instruction; Turing exchanges
-// lanes.
+// The sum, the bits that any lane has, and the maximum. From Ampere (sm_80) on each is one instruction; Turing
+// exchanges lanes.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 __device__ __forceinline__ uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(kFullMask, x); }
+__device__ __forceinline__ int32_t warp_sum(int32_t x) { return __reduce_add_sync(kFullMask, x); }
 __device__ __forceinline__ uint32_t warp_or(uint32_t x) { return __reduce_or_sync(kFullMask, x); }
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullMask, x); }
 #else

@@ -2,19 +2,25 @@
 // candidate to its image's list, in any order: keys order them. A list has room for all candidates that can count,
 // topk_per_class of each class. Where more than that pass the threshold, the list is lost and made anew from the best
 // of each class.
-//   collect_kernel   half a warp a row of logits: candidates to the lists
-//   finish_kernel    one block an image visits its candidates, kChunk at a time; where the list is lost, several
+//   collect_kernel   a quarter of a warp looks through a row of logits, half a warp takes one with candidates to the
+//   lists finish_kernel    one block an image visits its candidates, kChunk at a time; where the list is lost, several
 //                    blocks make it anew, and the last of them to finish visits it
 //
 // Ladder: microseconds for SSD300, C = 81, a trained network (300 candidates an image), at B = 32 and 1; then of an
-// untrained one, whose lists are lost, at B = 8. Predicted for an H100 from the instructions of sm_90; nothing is
-// measured yet.
-//   65-78, 25; 230  four launches; a sort with 45 barriers, tiles of 64 boxes with 3 each; the rank in its class of
-//                   each candidate by a loop over all; an atomic operation for every 16 classes of a row
-//   42-46, 11; 120  candidates are sorted by class, so that ranks are differences of positions and NMS within 32
-//                   candidates is the affair of a warp: 14 barriers an image; two boxes are tested without a quotient
-// What binds it: bytes in collect_kernel (31); in finish_kernel (6, whatever B is) the latency of one block: 2 for the
-// sorts, 1 for the boxes of 32 candidates against each other. With lost lists the instructions of radix selection.
+// untrained one, whose lists are lost, at B = 8. Of an H200 where measured, else predicted from the instructions of
+// sm_90.
+//   65-78, 25; 230  predicted: four launches; a sort with 45 barriers, tiles of 64 boxes with 3 each; the rank in its
+//                   class of each candidate by a loop over all; an atomic operation for every 16 classes of a row
+//   63, 20; 193     measured: candidates are sorted by class, so that ranks are differences of positions and NMS within
+//                   32 candidates is the affair of a warp; two boxes are tested without a quotient. collect_kernel (48,
+//                   6; 36) issues 96 instructions a row, most of them for 64-bit indices; finish_kernel (15, 13; 157)
+//                   waits at barriers for the four warps that sort, and for its own code
+//   43, 18; 187     predicted: 27 instructions a row to tell that it has no candidate, which leaves the bytes (23) to
+//                   bind collect_kernel (28, 4.3; 30)
+//   40, 15; 180     predicted: all warps sort, one key a lane, by less code; warps without rivals test no boxes
+//                   (finish_kernel: 11.5, 10.5; 150)
+// What binds it: bytes in collect_kernel; in finish_kernel the latency of one block, 3 of it for the sorts and 4 for
+// the first fetch of code and data. With lost lists the instructions of radix selection.
 #include "detect/detect.h"
 
 #include "common/gpu_last_block.h"
@@ -27,7 +33,11 @@ namespace {
 
 constexpr int kCollectThreads = 128;
 constexpr unsigned kStaged = 2 * gpu::kWarp;  // candidates that a warp collects before it writes them
-constexpr int64_t kFewRows = 1 << 14;         // of logits, for which warps of one pair of rows each suffice
+constexpr int64_t kFewRows = 1 << 14;         // of logits, for which a warp looks through one set of rows only
+constexpr int kRowLanes = 8;                  // that look through a row
+constexpr int kRowsAtOnce = gpu::kWarp / kRowLanes;
+constexpr int kLogitsAhead = 10;  // of a row, that a lane loads before it uses the first
+constexpr int kStatsAhead = 3;    // the same, of a row that has a candidate
 static_assert(kSumLanes == gpu::kWarp / 2);
 
 constexpr int kChunk = 512;       // candidates that are visited together
@@ -112,10 +122,11 @@ __device__ __forceinline__ C max_of_lanes(C x) {
   return x;
 }
 
-// Warps that collect_kernel has for an image.
-template <int kPairs>
-SSD_EXT_HD int64_t tiles_of(int64_t priors) {
-  return (priors + 2 * kPairs - 1) / (2 * kPairs);
+// Blocks that collect_kernel has for an image, whose warps each have kSets sets of kRowsAtOnce priors.
+template <int kSets>
+SSD_EXT_HD unsigned collecting_blocks(int64_t priors) {
+  constexpr unsigned kRows = kSets * kRowsAtOnce * (kCollectThreads / gpu::kWarp);
+  return (unsigned(priors) + kRows - 1) / kRows;
 }
 
 // ---- candidates to the lists ---------------------------------------------------------------------
@@ -156,81 +167,118 @@ struct Stage {
   }
 };
 
-// Which rows of this half of a warp may have a candidate, as bits. All their logits are in flight at once.
-template <int kPairs, class C, class Logit>
-__device__ unsigned rows_with_candidates(const Logit& logit, int first, int classes, bool is_sigmoid, C bound) {
-  C most[kPairs], background[kPairs];
+// The greatest of a row's logits from class `first` on, told to the kRowLanes lanes that look through it. Most rows
+// have no candidate, once the network is trained: this reads them at the rate of the memory. A NaN is passed over.
+template <class T, class C = gpu::Compute<T>>
+__device__ __forceinline__ C greatest_of_row(const T* row, int64_t stride, unsigned first, unsigned classes) {
+  C most = -std::numeric_limits<C>::infinity();
+  const T nothing = T(most);
+  const unsigned lane = threadIdx.x % kRowLanes;
+  row += (first + lane) * stride;
+#pragma unroll 1
+  for (unsigned begin = first; begin < classes; begin += kRowLanes * kLogitsAhead) {
+    T x[kLogitsAhead];
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    most[i] = -std::numeric_limits<C>::infinity();
-    background[i] = is_sigmoid ? C(0) : logit(i, 0);
+    for (unsigned j = 0; j < kLogitsAhead; ++j, row += kRowLanes * stride) {
+      x[j] = begin + lane + j * kRowLanes < classes ? *row : nothing;
+    }
+#pragma unroll
+    for (unsigned j = 0; j < kLogitsAhead; ++j) most = gpu::greatest_of(C(x[j]), most);
   }
-#pragma unroll 5
-  for (int c = first + int(threadIdx.x) % kSumLanes; c < classes; c += kSumLanes) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) most[i] = max_of(logit(i, c), most[i]);
+  for (int d = kRowLanes / 2; d > 0; d /= 2) {
+    most = gpu::greatest_of(most, __shfl_xor_sync(gpu::kFullMask, most, d));
   }
-  unsigned rows = 0;
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) rows |= unsigned(max_of_lanes(most[i]) - background[i] > bound) << i;
-  return rows;
+  return most;
 }
 
 // The maximum and the sum of a row, by half a warp, which reads the row only if `is_wanted`.
 template <class C, class Logit>
 __device__ RowStats<C> stats_of_row(const Logit& logit, int classes, bool is_wanted) {
-  const int own = int(threadIdx.x) % kSumLanes, end = is_wanted ? classes : 0;
-  C greatest = -std::numeric_limits<C>::infinity(), sum = 0;
-  for (int c = own; c < end; c += kSumLanes) greatest = max_of(logit(c), greatest);
+  constexpr C kNothing = -std::numeric_limits<C>::infinity();  // of a missing class: its exponential is 0
+  const auto for_each = [&](const auto& f) {
+    const int end = is_wanted ? classes : 0;
+#pragma unroll 1
+    for (int begin = 0; begin < end; begin += kSumLanes * kStatsAhead) {
+      C x[kStatsAhead];
+      const int c = begin + int(threadIdx.x) % kSumLanes;
+#pragma unroll
+      for (int j = 0; j < kStatsAhead; ++j) x[j] = c + j * kSumLanes < end ? logit(c + j * kSumLanes) : kNothing;
+#pragma unroll
+      for (int j = 0; j < kStatsAhead; ++j) f(x[j]);
+    }
+  };
+  C greatest = kNothing, sum = 0;
+  for_each([&](C x) { greatest = max_of(x, greatest); });
   greatest = max_of_lanes(greatest);
-  for (int c = own; c < end; c += kSumLanes) sum += exp(logit(c) - greatest);
+  for_each([&](C x) { sum += exp(x - greatest); });
   return {greatest, sum_of_lanes(sum)};
 }
 
-// A warp for 2 * kPairs priors of an image, each of its halves for every other one.
-template <class T, int kPairs>
-__global__ void __launch_bounds__(kCollectThreads, sizeof(T) == 8 ? 5 : 8)
+// A warp for kSets sets of kRowsAtOnce priors of an image.
+template <class T, int kSets>
+__global__ void __launch_bounds__(kCollectThreads, 40 / sizeof(gpu::Compute<T>))
     collect_kernel(Inputs in, Workspace<gpu::Compute<T>> w, gpu::Compute<T> bound) {
   using C = gpu::Compute<T>;
-  __shared__ Key<C> staged[kCollectThreads / gpu::kWarp][kStaged];
+  constexpr unsigned kWarpsOfBlock = kCollectThreads / gpu::kWarp;
+  __shared__ Key<C> staged[kWarpsOfBlock][kStaged];
   const bool is_sigmoid = in.params.sigmoid;
-  const C threshold = C(in.params.score_threshold);
-  const int64_t priors = in.sizes.priors, tiles = tiles_of<kPairs>(priors), size = list_size(in);
-  const int64_t tile = gpu::global_index() / gpu::kWarp, image = tile / tiles;
-  if (image >= in.sizes.images) return;
+  const unsigned priors = unsigned(in.sizes.priors), classes = unsigned(in.sizes.classes);
+  const unsigned blocks = collecting_blocks<kSets>(priors), warp = threadIdx.x / gpu::kWarp;
   const int lane = threadIdx.x % gpu::kWarp, own = lane % kSumLanes;
-  const int64_t first_prior = (tile - image * tiles) * (2 * kPairs) + lane / kSumLanes;
-  const int classes = int(in.sizes.classes), first = int(first_class(in.params));
-  const auto logit = [&](int64_t p, int c) { return at<T>(in.logits, image, p, c); };
+  const int64_t image = blockIdx.x / blocks;
+  // Candidates lie close together: a warp takes its sets, or the rows of a single set, from all over the image.
+  const unsigned warps = blocks * kWarpsOfBlock, number = blockIdx.x % blocks * kWarpsOfBlock + warp;
+  const auto prior_at = [=](unsigned set, unsigned row) {
+    return kSets == 1 ? row * warps + number : (set * warps + number) * kRowsAtOnce + row;
+  };
+  const unsigned first = unsigned(first_class(in.params));
+  const T* const logits = static_cast<const T*>(in.logits.data) + image * in.logits.image;
+  RowStats<C>* const rows = w.rows + image * in.sizes.priors;
 
-  // 1. The rows that may have a candidate: few, once the network is trained.
-  const auto of_row = [&](int i, int c) { return logit(min_of(first_prior + 2 * i, priors - 1), c); };
-  const unsigned alive = rows_with_candidates<kPairs>(of_row, first, classes, is_sigmoid, bound);
-
-  Stage<C> stage{staged[threadIdx.x / gpu::kWarp], &w.counters[image].found, w.lists + image * size, unsigned(size)};
+  // 1. The rows that may have a candidate. Of set i, the bits i, i + kRowLanes, i + 2 * kRowLanes and so on.
+  static_assert(kSets <= kRowLanes);
+  unsigned alive = 0;
 #pragma unroll 1
-  for (int i = 0; i < kPairs; ++i) {
-    const int64_t p = first_prior + 2 * i;
-    const bool is_alive = p < priors && (alive >> i & 1);
-    RowStats<C> row{C(0), std::numeric_limits<C>::infinity()};
-    if (__any_sync(gpu::kFullMask, is_alive)) {
-      // 2. What softmax needs of the row.
-      if (!is_sigmoid) {
-        const RowStats<C> found = stats_of_row<C>([&](int c) { return logit(p, c); }, classes, is_alive);
-        if (is_alive) row = found;
+  for (unsigned i = 0; i < kSets; ++i) {
+    const unsigned p = prior_at(i, lane / kRowLanes);
+    const T* const row = logits + p * in.logits.row;
+    const bool is_inside = p < priors;
+    const C background = is_sigmoid || !is_inside ? C(0) : C(*row);
+    const C most = greatest_of_row(row, in.logits.column, first, is_inside ? classes : 0);
+    alive |= __ballot_sync(gpu::kFullMask, most - background > bound && lane % kRowLanes == 0) << i;
+  }
+  if (const unsigned set = lane / kRowsAtOnce, p = prior_at(set, lane % kRowsAtOnce); set < kSets && p < priors) {
+    const bool is_alive = alive >> (lane % kRowsAtOnce * kRowLanes + set) & 1;
+    if (!is_sigmoid && !is_alive) rows[p] = {C(0), std::numeric_limits<C>::infinity()};
+  }
+
+  // Of the others, each half of the warp takes every other one.
+  const int64_t size = list_size(in);
+  Stage<C> stage{staged[warp], &w.counters[image].found, w.lists + image * size, unsigned(size)};
+#pragma unroll 1
+  while (alive) {
+    const unsigned rest = alive & (alive - 1), from = lane < kSumLanes ? alive : rest;
+    alive = rest & (rest - 1);
+    const bool is_alive = from != 0;
+    const unsigned bit = is_alive ? __ffs(int(from)) - 1 : 0;
+    const unsigned p = prior_at(bit % kRowLanes, bit / kRowLanes);
+    const T* const row = logits + p * in.logits.row;
+    const auto logit = [&](int c) { return C(row[c * in.logits.column]); };
+    // 2. What softmax needs of the row.
+    RowStats<C> stats{};
+    if (!is_sigmoid) stats = stats_of_row<C>(logit, int(classes), is_alive);
+    if (!is_sigmoid && is_alive && own == 0) rows[p] = stats;
+    // 3. The scores of the classes whose logits allow one above the threshold.
+    const C background = is_sigmoid || !is_alive ? C(0) : logit(0);
+    for (int c = own; c - own < int(classes) && !stage.is_lost; c += kSumLanes) {
+      C score = 0;
+      if (is_alive && int(first) <= c && c < int(classes)) {
+        const C x = logit(c);
+        if (x - background > bound) score = is_sigmoid ? sigmoid(x) : exp(x - stats.greatest) / stats.sum;
       }
-      // 3. The scores of the classes whose logits allow one above the threshold.
-      const C background = is_sigmoid || !is_alive ? C(0) : logit(p, 0);
-      for (int c = own; c - own < classes && !stage.is_lost; c += kSumLanes) {
-        C score = 0;
-        if (is_alive && first <= c && c < classes) {
-          const C x = logit(p, c);
-          if (x - background > bound) score = is_sigmoid ? sigmoid(x) : exp(x - row.greatest) / row.sum;
-        }
-        stage.add(score > threshold, make_key(score, uint32_t(c * priors + p)));
-      }
+      stage.add(score > C(in.params.score_threshold), make_key(score, c * priors + p));
     }
-    if (own == 0 && p < priors && !is_sigmoid) w.rows[image * priors + p] = row;
   }
   stage.flush();
 }
@@ -422,11 +470,14 @@ template <class GroupAt>
 __device__ Group group_of(const GroupAt& group_at) {
   const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
   const int own = group_at(thread), first = group_at(warp * gpu::kWarp);
+  const bool begins = lane == 0 || group_at(thread - 1) != own;
+  const unsigned beginnings = __ballot_sync(gpu::kFullMask, begins), up_to_own = ~0u >> (gpu::kWarp - 1 - lane);
+  const unsigned next = beginnings & ~up_to_own, in_warp_from = ~0u << (gpu::kWarp - 1 - __clz(beginnings & up_to_own));
   const bool reaches_here = lane < warp && first >= 0 && group_at(lane * gpu::kWarp + gpu::kWarp - 1) == first;
   const unsigned warps = __ballot_sync(gpu::kFullMask, reaches_here);
   const int from = warps ? __ffs(warps) - 1 : warp;
   Group group;
-  group.in_warp = __match_any_sync(gpu::kFullMask, own);
+  group.in_warp = in_warp_from & ((next & -next) - 1);  // all further lanes if none begins
   group.warps_before = warp - from;
   group.in_first = __ballot_sync(gpu::kFullMask, group_at(from * gpu::kWarp + lane) == first);
   group.is_first = warps && own == first;
@@ -480,7 +531,8 @@ __device__ void suppress(bool is_alive, const Group& group, const Overlaps<C>& o
   // Within the warp: which candidates before it each one overlaps.
   const auto box_of_lane = [&](int i) { return gpu::load_box(shared.boxes, warp * gpu::kWarp + i); };
   unsigned earlier = 0;
-  if (__any_sync(gpu::kFullMask, (group.in_warp & (group.in_warp - 1)) != 0)) {
+  const unsigned rivals = is_alive ? group.in_warp & alive & ((1u << lane) - 1) : 0;
+  if (__any_sync(gpu::kFullMask, rivals != 0)) {
     unsigned likely = 0, surely = 0;
 #pragma unroll 4
     for (int i = 0; i < gpu::kWarp; ++i) {
@@ -488,7 +540,6 @@ __device__ void suppress(bool is_alive, const Group& group, const Overlaps<C>& o
       likely |= verdict.likely ? 1u << i : 0u;
       surely |= verdict.surely ? 1u << i : 0u;
     }
-    const unsigned rivals = group.in_warp & ((1u << lane) - 1);
     earlier = surely & rivals;
     for (unsigned open = likely & ~surely & rivals; open; open &= open - 1) {
       const int i = __ffs(open) - 1;
@@ -623,6 +674,7 @@ __device__ void write_detections(const Outputs<T>& out, int64_t image, int64_t m
 template <class T>
 __device__ void pad_detections(const Outputs<T>& out, int64_t image, int64_t count, int64_t most) {
   using C = gpu::Compute<T>;
+#pragma unroll 1
   for (int64_t k = image * most + count + threadIdx.x; k < (image + 1) * most; k += kThreads) {
     gpu::store_four(out.boxes, k, C(0), C(0), C(0), C(0));
     out.scores[k] = T(C(0));
@@ -641,6 +693,7 @@ __device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>&
   const bool is_long = n > kChunk;
   unsigned* const visited = is_long ? w.visited + image * in.sizes.classes : nullptr;
   if (is_long) {
+#pragma unroll 1
     for (int64_t c = thread; c < in.sizes.classes; c += kThreads) visited[c] = 0;
   }
   Kept<C> kept{shared.kept_boxes, shared.kept_labels};
@@ -737,11 +790,10 @@ void detect_cuda(const Inputs& in, const Outputs<void>& out, void* workspace, St
     gpu::clear(w.counters, images * sizeof(Counters), stream);
     if (classes > 0) {
       const bool are_few = images * priors <= kFewRows;
-      const int64_t warps = images * (are_few ? tiles_of<1>(priors) : tiles_of<4>(priors));
-      const int64_t per_block = kCollectThreads / gpu::kWarp;
+      const unsigned blocks = are_few ? collecting_blocks<1>(priors) : collecting_blocks<4>(priors);
       const C bound = reject_below(C(in.params.score_threshold), in.params.sigmoid);
-      gpu::launch(are_few ? collect_kernel<T, 1> : collect_kernel<T, 4>,
-                  dim3(unsigned((warps + per_block - 1) / per_block)), dim3(kCollectThreads), 0, stream, in, w, bound);
+      gpu::launch(are_few ? collect_kernel<T, 1> : collect_kernel<T, 4>, dim3(unsigned(images * blocks)),
+                  dim3(kCollectThreads), 0, stream, in, w, bound);
     }
     if (images == 0) return;
     // Blocks for each image in case its list is lost; all but one leave at once if it is not.

@@ -31,11 +31,12 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     return negatives_to_mark(positives, negatives, mining);
   };
   const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, shared);
-  keys.for_each_batch([&](int64_t first, const Key* batch) {
+  keys.for_each_batch([&](int64_t first, int size, const Key* batch) {
+    const auto of_batch = cut.of_batch(first, size);
 #pragma unroll
     for (int e = 0; e < keys.kEach; ++e) {
-      const int64_t i = first + e * gpu::kSelectThreads + int(threadIdx.x);
-      if (i < n) mask[row + i] = cut.takes(batch[e], i);
+      const int place = keys.place_of(e);
+      if (place < size) mask[row + first + place] = of_batch.takes(batch[e], place);
     }
   });
 }

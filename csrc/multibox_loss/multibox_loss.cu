@@ -291,6 +291,15 @@ __device__ void store_scalar(const Scalar& to, double value) {
   }
 }
 
+// warp_sum() of both.
+__device__ __forceinline__ void add_up(double& loc, double& conf) {
+#pragma unroll 1
+  for (int offset = gpu::kWarp / 2; offset > 0; offset /= 2) {
+    loc += __shfl_xor_sync(gpu::kFullMask, loc, offset);
+    conf += __shfl_xor_sync(gpu::kFullMask, conf, offset);
+  }
+}
+
 // Writes the divisors and the losses, of the sums of all images, by one warp.
 __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisors, const Scalar& loc,
                        const Scalar& conf) {
@@ -311,15 +320,13 @@ __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisor
       own_loc += gpu::load_written(&sums[b].loc) / double(divisor);
       own_conf += gpu::load_written(&sums[b].conf) / double(divisor);
     }
-    own_loc = gpu::warp_sum(own_loc);
-    own_conf = gpu::warp_sum(own_conf);
+    add_up(own_loc, own_conf);
     if (first == lane * gpu::kWarp) {
       all_loc = own_loc;
       all_conf = own_conf;
     }
   }
-  all_loc = gpu::warp_sum(all_loc);
-  all_conf = gpu::warp_sum(all_conf);
+  if (batch > gpu::kWarp) add_up(all_loc, all_conf);  // else all other partial sums are 0
   if (lane == 0) {
     store_scalar(loc, loss.alpha * all_loc);
     store_scalar(conf, all_conf);
@@ -332,17 +339,17 @@ struct Kept {
 };
 
 // Ranks of the batch's priors that are not kept become the least.
-template <class C, class Keys>
-__device__ Kept keep(int64_t first, const typename Keys::Key* batch, const Keys& keys,
-                     const gpu::Cut<typename Keys::Key>& cut, IntOf<C>* ranks) {
+template <class Keys, class Rank>
+__device__ Kept keep(const Keys& keys, const typename Keys::Key* batch, int size,
+                     const typename gpu::Cut<typename Keys::Key>::OfBatch& cut, Rank* ranks) {
   Kept kept{0, 0};
 #pragma unroll
   for (int e = 0; e < Keys::kEach; ++e) {
-    const int64_t i = first + e * kSums + int(threadIdx.x);
-    const bool is_positive = batch[e] == gpu::kPositiveKey, is_kept = is_positive | cut.takes(batch[e], i);
-    kept.all |= unsigned(is_kept) << e;
-    kept.positives |= unsigned(is_positive) << e;
-    if (i < keys.size() && !is_kept) ranks[i] = kAbsent<C>;
+    const int place = keys.place_of(e);
+    const bool is_positive = batch[e] == gpu::kPositiveKey, is_kept = is_positive | cut.takes(batch[e], place);
+    kept.all |= is_kept ? 1u << e : 0u;
+    kept.positives |= is_positive ? 1u << e : 0u;
+    if (place < size && !is_kept) ranks[place] = std::numeric_limits<Rank>::min();
   }
   return kept;
 }
@@ -359,6 +366,7 @@ struct Terms {
 // f(place, e) for the set bits e of `bits` whose places, counted from `place` on, are in 0 .. kSums - 1.
 template <class F>
 __device__ __forceinline__ void for_each_place(unsigned bits, int place, const F& f) {
+#pragma unroll 1
   for (; bits; bits &= bits - 1, ++place) {
     if (unsigned(place) < unsigned(kSums)) f(place, __ffs(int(bits)) - 1);
   }
@@ -420,22 +428,22 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, selection);
     // 2. What is kept is summed up, prior p in partial sum p % kSums, in rising order.
     double loc_sum = 0, conf_sum = 0;
-    keys.for_each_batch([&](int64_t first, const Key* batch) {
-      const Kept kept = keep<C>(first, batch, keys, cut, rank);
+    keys.for_each_batch([&](int64_t first, int size, const Key* batch) {
+      const Kept kept = keep(keys, batch, size, cut.of_batch(first, size), rank + first);
       const auto conf_term = [&](int prior) { return loss_of_rank<C>(rank[first + prior]); };
       const auto term = [&](int prior) { return loc_term(deltas, targets, image, first + prior, loss.beta); };
       add_terms(kept, terms, conf_term, term, conf_sum, loc_sum);
     });
-    loc_sum = gpu::warp_sum(loc_sum);
-    conf_sum = gpu::warp_sum(conf_sum);
+    add_up(loc_sum, conf_sum);
     if (lane == 0) {
       locs[warp] = loc_sum;
       confs[warp] = conf_sum;
     }
     __syncthreads();  // the sums of the warps are written
     if (warp != 0) return;
-    loc_sum = gpu::warp_sum(locs[lane]);
-    conf_sum = gpu::warp_sum(confs[lane]);
+    loc_sum = locs[lane];
+    conf_sum = confs[lane];
+    add_up(loc_sum, conf_sum);
     if (lane == 0) workspace.sums[image] = {positives, loc_sum, conf_sum};
   }
   // 3. The last one to come so far ends what all have summed.
