@@ -39,15 +39,16 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const T* __restrict
   }
 }
 
-// Index is wide enough for n * m: 64-bit divisions take longer than all the rest.
-template <class T, class Index>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1) box_iou_kernel(const T* __restrict__ a,  // [n, 4]
                                                               const T* __restrict__ b,  // [m, 4]
                                                               T* __restrict__ out,      // [n, m]
-                                                              Index n, Index m) {
-  const int64_t stride = int64_t(gridDim.x) * kThreads, pairs = int64_t(n) * int64_t(m);
+                                                              int64_t n, int64_t m) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads, pairs = n * m;
+  const bool is_narrow = pairs <= std::numeric_limits<uint32_t>::max();  // a 64-bit division takes longer than the rest
   for (int64_t i = gpu::global_index(); i < pairs; i += stride) {
-    const auto one = gpu::load_box(a, Index(i) / m), other = gpu::load_box(b, Index(i) % m);
+    const int64_t row = is_narrow ? int64_t(uint32_t(i) / uint32_t(m)) : i / m;
+    const auto one = gpu::load_box(a, row), other = gpu::load_box(b, i - row * m);
     const auto inter = intersection(one, other);
     out[i] = T(gpu::iou_of(inter, area(one) + area(other) - inter));
   }
@@ -76,12 +77,8 @@ void decode_cuda(DType dtype, const void* deltas, const void* priors, void* boxe
 void box_iou_cuda(DType dtype, const void* a, const void* b, void* out, int64_t n, int64_t m, Stream stream) {
   gpu::dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto launch = [&](auto index) {
-      using Index = decltype(index);
-      gpu::launch(box_iou_kernel<T, Index>, dim3(gpu::blocks_for(n * m, kThreads)), dim3(kThreads), 0, stream,
-                  static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), Index(n), Index(m));
-    };
-    n* m <= std::numeric_limits<uint32_t>::max() ? launch(uint32_t()) : launch(int64_t());
+    gpu::launch(box_iou_kernel<T>, dim3(gpu::blocks_for(n * m, kThreads)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n, m);
   });
 }
 

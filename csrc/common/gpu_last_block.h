@@ -25,11 +25,11 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks)
   return __syncthreads_or(threadIdx.x == 0 && takes_last_ticket(ticket, blocks));
 }
 
-// The same for one warp alone of each block, in all its lanes. A single block needs no ticket.
+// The same for one warp alone of each block, whose first lane has made or seen all writes. A single block needs no
+// ticket.
 __device__ __forceinline__ bool is_last_warp(unsigned* ticket, unsigned blocks) {
-  __syncwarp();  // all lanes have written what they had to
-  if (blocks == 1) return true;
-  const bool is_last = __any_sync(kFullMask, threadIdx.x % kWarp == 0 && takes_last_ticket(ticket, blocks));
+  const bool is_last =
+      blocks == 1 || __any_sync(kFullMask, threadIdx.x % kWarp == 0 && takes_last_ticket(ticket, blocks));
   __syncwarp();  // what the first lane has seen, all may read
   return is_last;
 }
