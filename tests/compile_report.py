@@ -60,7 +60,7 @@ STREAMING = [
     ("boxes::decode_kernel", "STG", "T", "gpu::store_four(boxes"),
     ("detect::collect_kernel", "LDG", "T", "< classes ? *row"),
     ("matching::match_kernel", "STG", "T", "gpu::store_four(static_cast<T*>(out.deltas)"),
-    ("mining::hard_negatives_kernel", "LDG", "int64", "gpu::key_of(labels[first + i]"),
+    ("mining::hard_negatives_kernel", "LDG", "int64", "gpu::key_of(labels[row + i]"),
     (r"multibox_loss::rank_kernel<multibox_loss::LogitsRow<\w+, \d+, (?!3)", "LDG", "T", "values[j] = is_class("),
     ("multibox_loss::settle_kernel", "LDG", "int64", "gpu::key_of(label[i]"),
     (r"multibox_loss::logits_gradient_kernel<\w+, true", "STG", "T", "reinterpret_cast<Wide*>(to)[i]"),
@@ -74,8 +74,6 @@ EXACT = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 # Dynamic shared memory, which the launchers choose: the most bytes a block of theirs asks for.
 DYNAMIC_SHARED = {
     "detect::finish_kernel": 40 * 1024,  # the cached scores of a class
-    "mining::hard_negatives_kernel": 40 * 1024 + 1568,  # the cached keys, and struct Selection
-    "multibox_loss::settle_kernel": 40 * 1024 + 2080,  # the cached keys, and struct Settling
 }
 
 
