@@ -26,12 +26,19 @@
 //                    times the instructions of the rough comparisons; the rest, by counting code, were quotients, which
 //                    nearly every warp took for some pair, and votes. Rejected: one launch of one block that keeps a
 //                    list instead of bits, 12 to 35 us for 1,000 boxes, as one multiprocessor compares 8 pairs a clock.
-//   14, 120,  70 us  Predicted for an H200: words of bits are written and read only where one is set, and only boxes
-//                    that are left take part in the sweep: after the first chunk of 20,000 boxes a tenth to a third.
-//                    A second bound settles nearly all quotients; a row that was removed is compared no more; while a
-//                    chunk is decided, other blocks compare all later tiles with what the chunk before kept, so that a
-//                    chunk begins with few boxes left; searches of a merge go side by side; 128-bit keys are compared
-//                    by their difference.
+//   26, 189,   - us  Measured on an H200, of 14, 120, 70 predicted: words of bits are written and read only where one
+//                    is set, and only boxes that are left take part in the sweep: after the first chunk of 20,000
+//                    boxes a tenth to a third. A second bound settles nearly all quotients; a row that was removed is
+//                    compared no more; while a chunk is decided, other blocks compare all later tiles with what the
+//                    chunk before kept, so that a chunk begins with few boxes left; searches of a merge go side by
+//                    side; 128-bit keys are compared by their difference. Of the 41,000 clocks of 1,000 boxes' chunk
+//                    the sweep took 26,000: in a first chunk rows are dense, so that 32 lanes of a warp changed the
+//                    same word by atomics, and most rows met more tiles than had been read in time.
+//   18, 160,  65 us  Predicted for an H200: where all boxes take part, what a warp votes is stored as the half word
+//   that
+//                    it is, and nothing is listed; settled tiles are looked up before the rounds, eight words at once;
+//                    words are found and read without branches; a tile is read together with its first column.
+//                    Rejected: settling each warp by itself between the rounds, which saves hardly one.
 // What binds: at 1,000 boxes latency, of two launches and about ten dependent reads; at 20,000 ten chunks one after
 // another, of which all but the first two take about 9 us of latency; grouped, ranks and merges of keys of 128 bits,
 // and nine launches for later chunks that no group may have.
@@ -43,12 +50,12 @@ using gpu::kTile;
 using gpu::Word;
 
 constexpr int kChunk = 32;  // tiles that are decided in one launch
-constexpr unsigned kFirstTile = 1u << (kChunk - 1);
 constexpr int64_t kChunkBoxes = kChunk * kTile;
 constexpr int64_t kFew = 4096;  // boxes that are sorted in one launch, and not grouped by class
 constexpr int kThreads = 256;   // of chunk_kernel
 constexpr int kWarps = kThreads / gpu::kWarp;
 constexpr int kHeld = 4;         // words that a thread holds in registers
+constexpr int kMore = 8;         // that it reads at once if there are more
 constexpr int kRowsOfWarp = 16;  // of a tile that a warp compares with a column
 constexpr int kWarpsOfColumn = kTile / kRowsOfWarp;
 constexpr int kColumns = kWarps / kWarpsOfColumn;  // that a block compares at once
@@ -173,11 +180,11 @@ struct Workspace {
   ClassKey* by_class[2];     // [n], if grouped
   ScoreKey<C>* kept_keys;    // [n] of each group, from its start on; if there is more than one chunk
   Word* removed_before;      // [n] boxes of the tile at a position that are removed before its chunk's turn
-  unsigned* met_tiles;  // [n] the chunk's tiles, bits from kFirstTile down, that have an earlier box which it overlaps
-  Word* earlier;        // [n, kChunk], or of one chunk at a time if not grouped; see earlier_of()
-  Tile* tiles;          // [n], if grouped
-  FourFlags* kept;      // [n / 4] whether the box at a place is kept, if grouped
-  Counts* counts;       // []
+  unsigned* met_tiles;       // [n] bits of the chunk's tiles that have an earlier box which it overlaps
+  Word* earlier;             // [n, kChunk], or of one chunk at a time if not grouped; see earlier_of()
+  Tile* tiles;               // [n], if grouped
+  FourFlags* kept;           // [n / 4] whether the box at a place is kept, if grouped
+  Counts* counts;            // []
   bool grouped;
   size_t bytes;
 
@@ -223,7 +230,7 @@ struct Shared {
   unsigned alive[kTile / gpu::kWarp];  // bits of the boxes that may be kept: their score is a number
   uint16_t rows[kChunkBoxes];          // of the chunk that no box kept before it removes, in order
   Halves kept[2][kChunk];            // boxes of each tile that are kept as far as is known: now, and in the next round
-  unsigned kept_of_warp[2][kWarps];  // of the boxes of a step, likewise
+  unsigned kept_of_warp[2][kWarps];  // how many of a step, likewise
 };
 
 // ---- sorting ------------------------------------------------------------------------------------
@@ -311,7 +318,6 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
   // A column is filled up with its last box, which changes no result: that is kept anyway, or its further bits belong
   // to no box.
   Candidate<C> low, high;
-  C low_share, high_share;
   const auto read_column = [&](int column) {
     const bool is_kept = column < kept_columns;
     const Key* const keys = is_kept ? w.kept_keys + chunk.group.start : in.keys + chunk.begin;
@@ -320,19 +326,18 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
     const Key low_key = keys[min_of(first + lane, last)], high_key = keys[min_of(first + gpu::kWarp + lane, last)];
     low = in.candidate(low_key);
     high = in.candidate(high_key);
-    low_share = shares.of(low.box);
-    high_share = shares.of(high.box);
   };
+  const int64_t position = chunk.begin + tile * kTile + thread % kTile;
+  const Key key = in.keys[min_of(position, chunk.group.end - 1)];
+  const Word removed = *removed_before;
   int column = chunk.from + share * kColumns + warp / kWarpsOfColumn;
   if (column < columns) read_column(column);
-  if (thread < kTile) {
-    const int64_t row = chunk.begin + tile * kTile + thread;
-    const Key key = in.keys[min_of(row, chunk.group.end - 1)];
+  if (thread < kTile) {  // its boxes are under way before those of the column are used
     const Candidate<C> c = in.candidate(key);
     gpu::store_four(shared.boxes, thread, c.box.x1, c.box.y1, c.box.x2, c.box.y2);
     shared.shares[thread] = shares.of_query(c.box);
     shared.class_ids[thread] = c.class_id;
-    const bool is_alive = row < chunk.group.end && !is_nan<C>(key) && !(*removed_before >> thread & 1);
+    const bool is_alive = position < chunk.group.end && !is_nan<C>(key) && !(removed >> thread & 1);
     const unsigned alive = __ballot_sync(gpu::kFullMask, is_alive);
     if (lane == 0) shared.alive[warp] = alive;
   }
@@ -342,6 +347,7 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
   constexpr unsigned kRows = (1u << kRowsOfWarp) - 1;
   unsigned alive = shared.alive[first_row / gpu::kWarp] >> (first_row % gpu::kWarp) & kRows;
   while (column < columns && alive) {
+    const C low_share = shares.of(low.box), high_share = shares.of(high.box);
     unsigned hits = 0;  // of the row r: bit r, with the low box, and bit kRowsOfWarp + r, with the high one
     for (unsigned rest = alive; rest;) {
 #pragma unroll
@@ -377,22 +383,41 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
         if (own == tile) earlier &= (Word(1) << row) - 1;
         if (lane > 0 || earlier == 0) continue;
         w.earlier_of(chunk, own)[tile * kTile + row] = earlier;
-        atomicOr(&w.met_tiles[chunk.begin + tile * kTile + row], kFirstTile >> own);
+        atomicOr(&w.met_tiles[chunk.begin + tile * kTile + row], 1u << own);
       }
     }
     column += sharers * kColumns;
     if (column < columns) read_column(column);
   }
   if (lane == 0 && alive != kRows) {
-    Word* const removed = tile < kChunk ? &w.states[chunk.begin + tile * kTile].removed : removed_before;
-    atomicOr(removed, Word(kRows & ~alive) << first_row);
+    Word* const to = tile < kChunk ? &w.states[chunk.begin + tile * kTile].removed : removed_before;
+    atomicOr(to, Word(kRows & ~alive) << first_row);
   }
 }
 
-// Boxes of the chunk that one of it overlaps, of up to kHeld tiles.
+// Boxes of the chunk that one of it overlaps, of up to kWords tiles.
+template <int kWords>
 struct Earlier {
-  unsigned tiles;  // a byte each
-  Word boxes[kHeld];
+  unsigned tiles[(kWords + 3) / 4];  // a byte each
+  Word boxes[kWords];
+
+  // Takes the last ones of met_tiles from earlier_of() the chunk's first column. All are read before one is used.
+  __device__ __forceinline__ Earlier(const Word* words, int rows, int row, unsigned& met_tiles) : tiles{}, boxes{} {
+#pragma unroll
+    for (int e = 0; e < kWords; ++e) {
+      const unsigned tile = unsigned(kChunk - 1 - __clz(int(met_tiles))) % kChunk;
+      if (met_tiles) boxes[e] = gpu::load_written(words + (int(tile) * rows + row));
+      tiles[e / 4] |= tile << (8 * (e % 4));
+      met_tiles &= ~(1u << tile);
+    }
+  }
+
+  __device__ __forceinline__ bool meet(const Halves* kept) const {
+    bool meets = false;
+#pragma unroll
+    for (int e = 0; e < kWords; ++e) meets |= kept[tiles[e / 4] >> (8 * (e % 4)) & 255].meets(boxes[e]);
+    return meets;
+  }
 };
 
 // Decides which boxes of a chunk are kept, from what compare_tile wrote, and writes those: to `keep`, or as flags if
@@ -407,83 +432,74 @@ __device__ void sweep_chunk(const Sorted<T>& in, const Workspace<gpu::Compute<T>
   using Key = ScoreKey<gpu::Compute<T>>;
   const int thread = threadIdx.x, lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
   if (warp == 0) shared.kept[0][lane] = shared.kept[1][lane] = {0, 0};
-  // Each warp lists the rows of its share of the tiles.
+  // Each warp lists the rows of its share of the tiles, if not all are left, as in a first chunk they are.
   const int boxes = min_of(max_of(chunk.rows() - lane * kTile, 0), kTile);  // of the tile of this lane
   const Word listed =
       boxes == 0 ? 0
                  : ~gpu::load_written(&w.states[chunk.begin + lane * kTile].removed) & (~Word(0) >> (kTile - boxes));
   const int listed_before = gpu::sum_before(__popcll(listed), lane);
   const int rows = __shfl_sync(gpu::kFullMask, listed_before + __popcll(listed), kChunk - 1);
-  for (int tile = warp; tile < kChunk; tile += kWarps) {
+  const int chunk_rows = chunk.rows();
+  const bool are_all = rows == chunk_rows;
+#pragma unroll 1
+  for (int tile = warp; tile < kChunk && !are_all; tile += kWarps) {
     const Word of_tile = __shfl_sync(gpu::kFullMask, listed, tile);
-    const int first = __shfl_sync(gpu::kFullMask, listed_before, tile);
-    for (int i = lane; i < kTile; i += gpu::kWarp) {
-      const Word bit = Word(1) << i;
-      if (of_tile & bit) shared.rows[first + __popcll(of_tile & (bit - 1))] = uint16_t(tile * kTile + i);
-    }
+    const unsigned low = unsigned(of_tile), high = unsigned(of_tile >> gpu::kWarp);
+    uint16_t* const to = shared.rows + __shfl_sync(gpu::kFullMask, listed_before, tile);
+    const int row = tile * kTile + lane;
+    if (low >> lane & 1) to[gpu::count_before(low, lane)] = uint16_t(row);
+    if (high >> lane & 1) to[__popc(low) + gpu::count_before(high, lane)] = uint16_t(row + gpu::kWarp);
   }
   __syncthreads();  // the rows are listed
 
-  const auto row_of = [&](int step) {
-    const int i = step * kThreads + thread;
-    return i < rows ? int(shared.rows[i]) : -1;
-  };
-  const auto met_tiles_of = [&](int row) { return row < 0 ? 0u : gpu::load_written(&w.met_tiles[chunk.begin + row]); };
-  const auto take_earlier = [&](int row, unsigned& met_tiles) {
-    Earlier earlier{};
-#pragma unroll
-    for (int e = 0; e < kHeld; ++e) {
-      if (met_tiles == 0) continue;
-      const int tile = kChunk - __ffs(int(met_tiles));
-      earlier.tiles |= unsigned(tile) << (8 * e);
-      earlier.boxes[e] = gpu::load_written(w.earlier_of(chunk, tile) + row);
-      met_tiles &= met_tiles - 1;
-    }
-    return earlier;
-  };
-  // What a step needs is read while the one before it is decided.
+  const auto row_at = [&](int i) { return i >= rows ? -1 : are_all ? i : int(shared.rows[i]); };
+  const auto row_of = [&](int step) { return row_at(step * kThreads + thread); };
+  const unsigned* const met_tiles_of_rows = w.met_tiles + chunk.begin;
+  const Word* const words = w.earlier_of(chunk, 0);
+  const auto met_tiles_of = [&](int row) { return row < 0 ? 0u : gpu::load_written(met_tiles_of_rows + row); };
+  // Most of what a step needs is read while the one before it is decided.
   int row = row_of(0), kept = chunk.kept, now = 0;
   unsigned met_tiles = met_tiles_of(row), next_met_tiles = met_tiles_of(row_of(1));
-  Earlier earlier = take_earlier(row, met_tiles);
+  Earlier<kHeld> earlier(words, chunk_rows, row, met_tiles);
   for (int step = 0; step * kThreads < rows; ++step) {
+    // None of this step is kept yet, and the tiles before it are settled.
+    const unsigned settled = (1u << (row_at(step * kThreads) / kTile)) - 1;
+    bool is_open = row >= 0 && !earlier.meet(shared.kept[now]);
+    for (unsigned rest = met_tiles & settled; rest && is_open;) {
+      is_open = !Earlier<kMore>(words, chunk_rows, row, rest).meet(shared.kept[now]);
+    }
+    met_tiles &= ~settled;
+
     const Key key = row < 0 ? Key(0) : in.keys[chunk.begin + row];
     const int next_row = row_of(step + 1);
-    const Earlier next_earlier = take_earlier(next_row, next_met_tiles);
+    const Earlier<kHeld> next_earlier(words, chunk_rows, next_row, next_met_tiles);
     const unsigned after_next = met_tiles_of(row_of(step + 2));
-    const auto meets_kept = [&](const Earlier& some) {
-      bool meets = false;
-#pragma unroll
-      for (int e = 0; e < kHeld; ++e) meets |= shared.kept[now][some.tiles >> (8 * e) & 255].meets(some.boxes[e]);
-      return meets;
-    };
-    bool is_open = row >= 0, is_kept = false, was_kept = false;
-    for (int round = 0;; ++round) {
-      bool found = is_open && !meets_kept(earlier);
-      for (unsigned rest = met_tiles; rest && found;) found = !meets_kept(take_earlier(row, rest));
-      if (round == 0) {  // none of this step is kept yet: what was met stays, and the tiles before the step are settled
-        is_open = found;
-        met_tiles &= ~0u >> (shared.rows[step * kThreads] / kTile);
-      }
-      if (found != was_kept) {  // what the other copy says, which is a round older
-        atomicXor(&shared.kept[1 - now][row / kTile].of[row % kTile / gpu::kWarp], 1u << (row % gpu::kWarp));
-      }
+
+    unsigned votes;
+    for (bool is_kept = false, was_kept = false, found = is_open;;) {
       now = 1 - now;
-      const unsigned votes = __ballot_sync(gpu::kFullMask, found);
-      if (lane == 0) shared.kept_of_warp[now][warp] = votes;
+      votes = __ballot_sync(gpu::kFullMask, found);
+      if (lane == 0) shared.kept_of_warp[now][warp] = __popc(votes);
+      unsigned* const half = &shared.kept[now][unsigned(row) / kTile % kChunk].of[unsigned(row) / gpu::kWarp % 2];
+      if (are_all) {  // a warp has half a tile
+        if (lane == 0 && row >= 0) *half = votes;
+      } else if (found != was_kept) {  // what this copy says, which is two rounds old
+        atomicXor(half, 1u << (row % gpu::kWarp));
+      }
       const bool changes = found != is_kept;
       was_kept = is_kept;
       is_kept = found;
       if (!__syncthreads_or(changes)) break;  // the round's boxes are known
+      found = is_open && !earlier.meet(shared.kept[now]);
+      for (unsigned rest = met_tiles; rest && found;) {
+        found = !Earlier<1>(words, chunk_rows, row, rest).meet(shared.kept[now]);
+      }
     }
 
-    int rank = kept;
-#pragma unroll
-    for (int other = 0; other < kWarps; ++other) {
-      const unsigned votes = shared.kept_of_warp[now][other];
-      kept += __popc(votes);
-      rank += other < warp ? __popc(votes) : other == warp ? int(gpu::count_before(votes, lane)) : 0;
-    }
-    if (is_kept) {
+    const unsigned of_warp = lane < kWarps ? shared.kept_of_warp[now][lane] : 0;
+    const int rank = kept + int(gpu::warp_sum(lane < warp ? of_warp : 0) + gpu::count_before(votes, lane));
+    kept += int(gpu::warp_sum(of_warp));
+    if (votes >> lane & 1) {
       const int64_t position = chunk.begin + row;
       if (w.grouped) {
         w.is_kept(index_of(in.by_class[position])) = 1;
@@ -514,7 +530,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(gpu::Compute<T>) == 8 ? 2 : 3
   if (w.grouped && wave > 0 && w.counts->longest <= wave * kChunkBoxes) return;
   const bool is_current = blockIdx.z == 0;
   const unsigned share = is_current ? blockIdx.y : 0, sharers = is_current ? gridDim.y : 1;
-  const unsigned blocks = gridDim.x * gridDim.y / sharers;
+  const unsigned blocks = is_current ? gridDim.x : gridDim.x * gridDim.y;
   const unsigned tiles = w.grouped    ? w.counts->tiles
                          : is_current ? gridDim.x
                                       : unsigned(tiles_for(in.n) - wave * kChunk);
