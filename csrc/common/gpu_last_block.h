@@ -2,8 +2,9 @@
 // How the last block to finish goes on with what the others have written.
 //
 // Each block takes a ticket once its writes are done; the block that takes the last one may read them. By CUDA's
-// memory model that needs three things: a fence between the writes and the ticket, a fence between the ticket and
-// the reads, and reads that neither L1 nor the cache of constants answers (load_written).
+// memory model that needs three things: that taking the ticket releases the writes, which with those of the block's
+// other threads come before it by the barrier; that it acquires what all tickets before it released; and reads that
+// neither L1 nor the cache of constants answers (load_written).
 #include <type_traits>
 
 #include "common/gpu.h"
@@ -12,10 +13,15 @@ namespace ssd_ext::gpu {
 
 // For one thread of a block, which has made or seen all of its writes.
 __device__ __forceinline__ bool takes_last_ticket(unsigned* ticket, unsigned blocks) {
+  unsigned before;
+#if defined(SSD_EXT_EMULATE)
   __threadfence();
-  const bool is_last = atomicAdd(ticket, 1u) == blocks - 1;
+  before = atomicAdd(ticket, 1u);
   __threadfence();
-  return is_last;
+#else  // in one: those fences are sequentially consistent, which is slow and more than is needed
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+#endif
+  return before == blocks - 1;
 }
 
 // Whether this block is the last of `blocks` that take the ticket, in all its threads, which call this together.
