@@ -44,7 +44,8 @@ ROWS = [
 SHOWN = ("torchvision", REFERENCE)  # beside the fastest, whichever that is
 LEGEND = f"""\
 Median milliseconds of a call; in brackets, how many times longer that is than {OURS}'s.
-`~`: other programs took CPU time all along; undisturbed, that contender might be faster."""
+`~`: other programs took CPU time all along; undisturbed, that contender might be faster. `wrong`: its result is not the
+reference's, so that it has no time."""
 
 Result = dict[str, Any]  # of a case, and the record of a run, both as run.py describes them
 Run = dict[str, Any]
@@ -67,7 +68,7 @@ def measured(device: str) -> list[tuple[Result, Run]]:
 def written() -> str:
     """What the README holds between the two comments."""
     cpu, cuda = section("cpu"), section("cuda")
-    return "\n\n".join([cpu, *(["On a GPU:", cuda] if cuda else ["No GPU has been measured yet."])])
+    return "\n\n".join([LEGEND, cpu, *(["On a GPU:", cuda] if cuda else ["No GPU has been measured yet."])])
 
 
 def section(device: str) -> str:
@@ -82,7 +83,7 @@ def section(device: str) -> str:
     link = PICTURES[device].relative_to(ROOT).as_posix()
     picture = f"![The same cases with every contender, as bars on a log scale]({link})"
     table = report.markdown_table("llr" + "r" * (device == "cuda") + "lrr", headings, lines)
-    return "\n\n".join([table, *[LEGEND] * (device == "cpu"), origin(found), picture])
+    return "\n\n".join([table, origin(found), picture])
 
 
 def line(result: Result, device: str) -> list[str]:

@@ -204,7 +204,7 @@ def test_a_row_that_no_run_has_is_an_error(recorded):
 
 
 def test_text_around_the_table_stays():
-    assert readme.filled(f"before\n{readme.BEGIN}old{readme.END}\nafter").startswith(f"before\n{readme.BEGIN}\n\n| op")
+    assert readme.filled(f"before\n{readme.BEGIN}old{readme.END}\nafter").startswith(f"before\n{readme.BEGIN}\n\nMedian")
     with pytest.raises(ValueError, match="unpack"):
         readme.filled("a README without the comments")
 

@@ -1,9 +1,9 @@
-// Ladder: microseconds of the kernel on an H200 for SSD300 at B = 32, little less at B = 1.
-//   12.5  measured: keys in shared memory, two or three digits of radix selection, whose counting takes a __match_any
-//         and an atomic operation for every 32 keys: 50,000 instructions on one multiprocessor
-//   10.0  measured: keys in registers, bisected in 16 rounds of 600 clocks
-//   6     predicted: the range of the keys split a thousandfold, in two rounds of 1,500 clocks
-// What binds it: 105 KB through one multiprocessor, which takes 2 us.
+// Ladder: microseconds of the kernel for SSD300 at B = 32 and 1, measured on an H200.
+//   12.5, 12.1  keys in shared memory, two or three digits of radix selection, whose counting takes a __match_any and
+//               an atomic operation for every 32 keys: 50,000 instructions on one multiprocessor
+//   10.0, 8.6   keys in registers, bisected in 16 rounds of 600 clocks
+//   6.0, 4.7    the range of the keys split a thousandfold, in two rounds of 1,700 clocks; no 64-bit arithmetic
+// What binds it: 105 KB through one multiprocessor, which takes 2 us, and its instructions.
 #include "mining/mining.h"
 
 #include "common/gpu_select.h"

@@ -12,8 +12,10 @@
 //   25      a radix selection; warps share out their kept rows; the last block ends the sums
 //   20      keys in registers, bisected. Clocks: 4,300 to load and look at 105 KB, 9,500 for 16 rounds, 3,100 to mark,
 //           9,900 for the terms, of which each warp has a few, 1,400 for sums, 2,100 for the ticket, 6,300 for the end
-//   9       (predicted) keys split a thousandfold in two rounds; the terms of full warps; one warp ends
-//   Now the loads and the latency of its steps bind it: several blocks an image would help, which takes clusters.
+//   16      keys split a thousandfold in two rounds (3,500); full warps compute the terms (about 6,000 with what waits
+//           for them); no 64-bit arithmetic for each prior (1,600 to mark); one warp ends it (4,100). 12 at B = 1
+//   Now the loads (4,000 to 6,500) and the latency of its steps bind it: several blocks an image would help, which
+//   takes clusters.
 // logits_gradient_kernel, which writes 90.5 MB: 20 at least, 31 on an H100.
 //   50-58   (predicted) half a warp a row, stores of 64 bytes that no sector begins with
 //   32      tiles of 64 rows are cleared 16 bytes at a time, then their few kept rows written

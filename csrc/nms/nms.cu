@@ -6,10 +6,9 @@
 
 // 1. Sort:     boxes are put in the order of visiting, and where they are many and of several classes grouped by class
 //              and cut into tiles of kTile.
-// 2. Compare:  which boxes of a chunk, up to kChunk tiles of a group, overlap an earlier one of the chunk, and which of
-// it
-//              and of all later chunks overlap one that was kept of the chunk before. All chunks that are first in
-//              their group at once, then all second ones ...
+// 2. Compare:  which boxes of a chunk, up to kChunk tiles of a group, overlap an earlier one of the chunk, and which
+//              boxes of it and of later chunks overlap one that is kept of the chunk before. All chunks that are first
+//              in their group at once, then all second ones ...
 // 3. Sweep:    the last block to compare a chunk decides it from the bits of step 2, of the boxes that are left a few
 //              hundred at a time.
 // 4. Compact:  the kept boxes of all groups are put in the order of visiting.
@@ -26,7 +25,7 @@
 //                    times the instructions of the rough comparisons; the rest, by counting code, were quotients, which
 //                    nearly every warp took for some pair, and votes. Rejected: one launch of one block that keeps a
 //                    list instead of bits, 12 to 35 us for 1,000 boxes, as one multiprocessor compares 8 pairs a clock.
-//   26, 189,   - us  Measured on an H200, of 14, 120, 70 predicted: words of bits are written and read only where one
+//   26, 189,  85 us  Measured on an H200, of 14, 120, 70 predicted: words of bits are written and read only where one
 //                    is set, and only boxes that are left take part in the sweep: after the first chunk of 20,000
 //                    boxes a tenth to a third. A second bound settles nearly all quotients; a row that was removed is
 //                    compared no more; while a chunk is decided, other blocks compare all later tiles with what the
@@ -34,14 +33,14 @@
 //                    side; 128-bit keys are compared by their difference. Of the 41,000 clocks of 1,000 boxes' chunk
 //                    the sweep took 26,000: in a first chunk rows are dense, so that 32 lanes of a warp changed the
 //                    same word by atomics, and most rows met more tiles than had been read in time.
-//   18, 160,  65 us  Predicted for an H200: where all boxes take part, what a warp votes is stored as the half word
-//   that
-//                    it is, and nothing is listed; settled tiles are looked up before the rounds, eight words at once;
-//                    words are found and read without branches; a tile is read together with its first column.
-//                    Rejected: settling each warp by itself between the rounds, which saves hardly one.
-// What binds: at 1,000 boxes latency, of two launches and about ten dependent reads; at 20,000 ten chunks one after
-// another, of which all but the first two take about 9 us of latency; grouped, ranks and merges of keys of 128 bits,
-// and nine launches for later chunks that no group may have.
+//   23, 169,  81 us  Measured on an H200, of 18, 160, 65 predicted: where all boxes take part, what a warp votes is
+//                    stored as the half word that it is, and nothing is listed; settled tiles are looked up before the
+//                    rounds, eight words at once; words are found and read without branches; a tile is read together
+//                    with its first column. Rejected: settling each warp by itself between the rounds, which saves
+//                    hardly one.
+// What binds: at 1,000 boxes latency, of two launches and about ten dependent reads, and of a sweep that the second of
+// these versions did faster; at 20,000 ten chunks one after another; grouped, ranks and merges of keys of 128 bits, and
+// nine launches for later chunks that no group may have.
 namespace ssd_ext::nms {
 namespace {
 
