@@ -33,9 +33,10 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """Of the tree; where it was copied without .git, what SSD_EXT_COMMIT tells."""
-    told = ask("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
-    return told or os.environ.get("SSD_EXT_COMMIT") or None
+    """What SSD_EXT_COMMIT tells, else what git does of the tree, which may be a copy without .git."""
+    return os.environ.get("SSD_EXT_COMMIT") or ask(
+        "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"
+    )
 
 
 def sources() -> str:

@@ -204,7 +204,8 @@ def test_a_row_that_no_run_has_is_an_error(recorded):
 
 
 def test_text_around_the_table_stays():
-    assert readme.filled(f"before\n{readme.BEGIN}old{readme.END}\nafter").startswith(f"before\n{readme.BEGIN}\n\nMedian")
+    filled = readme.filled(f"before\n{readme.BEGIN}old{readme.END}\nafter")
+    assert filled.startswith(f"before\n{readme.BEGIN}\n\nMedian") and filled.endswith(f"{readme.END}\nafter")
     with pytest.raises(ValueError, match="unpack"):
         readme.filled("a README without the comments")
 
