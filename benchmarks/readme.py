@@ -52,8 +52,9 @@ Run = dict[str, Any]
 
 
 def measured(device: str) -> list[tuple[Result, Run]]:
-    """A result for each of ``ROWS``, of several the newest, with the run that it comes from; on a GPU for those that a
-    run has. There a quick one tells as much, as nothing else uses it meanwhile.
+    """A result for each of ``ROWS``, of several the newest, with the run that it comes from.
+
+    On a GPU, rows without a result are left out, and quick runs count, as nothing else uses it meanwhile.
     """
     newest: dict[tuple[str, str], tuple[Result, Run]] = {}
     for _, run in reversed(runs()):

@@ -96,8 +96,8 @@ class OpInfo:
     def with_gradients(self, call: Call, inputs: Inputs) -> Call:
         """Give what ``call`` gives, and the gradients of its outputs' sum for the leaves among ``inputs``.
 
-        Nothing that is given holds on to the graph: while one lives, a later backward waits for the stream of its
-        forward, which a capture in a CUDA graph does not allow.
+        The results are detached: a live graph would make a later backward wait for the stream of its forward, which a
+        capture in a CUDA graph does not allow.
         """
         leaves, ones = [inputs[name] for name in self.differentiable], []
 

@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) box_iou_kernel(const T* __restric
   for (int64_t i = gpu::global_index(); i < pairs; i += stride) {
     const int64_t row = is_narrow ? int64_t(uint32_t(i) / uint32_t(m)) : i / m;
     const auto one = gpu::load_box(a, row), other = gpu::load_box(b, i - row * m);
-    const auto inter = intersection(one, other);
-    out[i] = T(gpu::iou_of(inter, area(one) + area(other) - inter));
+    out[i] = T(gpu::iou_of(intersection(one, other), area(one), area(other)));
   }
 }
 

@@ -44,6 +44,7 @@ SSD_EXT_HD auto may_meet(const Box<V>& a, const Box<V>& b) {
 // through, and the quotient decides on what passes. The share of a box is its part of that sum, c * area.
 template <class T>
 struct OverlapShares {
+  static constexpr T kTiny = T(1e-30);  // areas below which products may be denormal numbers, and round too coarsely
   T likely;
 
   SSD_EXT_HD explicit OverlapShares(T threshold) {
@@ -52,10 +53,10 @@ struct OverlapShares {
   }
 
   SSD_EXT_HD T of(const Box<T>& b) const { return likely * area(b); }
-  // Of one of the two boxes. Next to denormal areas products round too coarsely: then every quotient is taken.
+  // Of one of the two boxes. If its area is tiny, every quotient is taken.
   SSD_EXT_HD T of_query(const Box<T>& b) const {
     const T share = of(b);
-    return area(b) < T(1e-30) ? -std::numeric_limits<T>::infinity() : share;
+    return area(b) < kTiny ? -std::numeric_limits<T>::infinity() : share;
   }
 };
 

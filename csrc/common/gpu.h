@@ -121,10 +121,11 @@ void dispatch(DType dtype, F&& f) {
   }
 }
 
-// iou_from(), of the intersection and the union. Most pairs of boxes lie apart, and their quotient, 0 / total, would
-// take the slow path of the division: where iou_from() gives 0 this one divides to -1 or NaN first.
+// iou_from(), to the bit. Most pairs of boxes lie apart, and their quotient, 0 / total, would take the slow path of the
+// division: where iou_from() gives 0 this one divides to -1 or NaN first.
 template <class C>
-__device__ __forceinline__ C iou_of(C inter, C total) {
+__device__ __forceinline__ C iou_of(C inter, C area_a, C area_b) {
+  const C total = area_a + area_b - inter;
   return max_of((inter > C(0) && total > C(0) ? inter : -total) / total, C(0));
 }
 

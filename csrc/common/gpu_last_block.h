@@ -1,10 +1,10 @@
 #pragma once
 // How the last block to finish goes on with what the others have written.
 //
-// Each block takes a ticket once its writes are done; the block that takes the last one may read them. By CUDA's
-// memory model that needs three things: that taking the ticket releases the writes, which with those of the block's
-// other threads come before it by the barrier; that it acquires what all tickets before it released; and reads that
-// neither L1 nor the cache of constants answers (load_written).
+// Each block takes a ticket once its writes are done; the block that takes the last one may read them. By CUDA's memory
+// model that needs two things: that taking the ticket releases the writes, which with those of the block's other
+// threads come before it by the barrier, and that it acquires what all tickets before it released. And the reads must
+// not be made by the path for data that no kernel writes meanwhile (ld.global.nc), which load_written() sees to.
 #include <type_traits>
 
 #include "common/gpu.h"

@@ -8,7 +8,7 @@ namespace ssd_ext::gpu {
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
-// What the threads of a block tell each other.
+// What the threads of a block tell each other in kth_greatest().
 template <class Key>
 struct SelectShared {
   unsigned counts[kDigits];  // keys that begin with the prefix, by their next digit; a 64-bit atomic add
@@ -33,23 +33,19 @@ __device__ __forceinline__ void count_digit(Key key, bool counted, int shift, Se
   if (counted && (equal & before) == 0) atomicAdd(&shared.counts[digit], unsigned(__popc(equal)));
 }
 
-// Where the k greatest keys end: with the first `wanted` of the `found` keys equal to `key`. Where that is all of
-// them, `key` may be any key that divides the k greatest from the others: those at least as great are exactly k.
-template <class Key>
-struct Kth {
-  Key key;
-  int64_t wanted, found;
-};
-
-// Of key_at(0) .. key_at(n - 1), unsigned integers of kBits bits, at least k >= 1 of them above 0; n < 2^32.
-// All threads of the block call it, and each loads kAhead keys before it uses the first. `counted`: the first digits
-// are counted, and a barrier has passed. With kRoughly the result may cut off fewer than k, but at least half of them.
+// A key at which the k greatest of key_at(0) .. key_at(n - 1) end. Those are unsigned integers of kBits bits, and of
+// the ones above 0, at least k >= 1, no two are equal; n < 2^32. All threads of the block call it, and each loads
+// kAhead keys before it uses the first. `counted`: the first digits are counted, and a barrier has passed. With
+// kRoughly the result may cut off fewer than k, but at least half of them.
 template <int kThreads, int kBits, int kAhead = 1, bool kRoughly = false, class Key, class KeyAt>
-__device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared,
-                                 bool counted = false) {
+__device__ Key kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, SelectShared<Key>& shared,
+                            bool counted = false) {
   static_assert(kBits % kDigitBits == 0);
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  Kth<Key> kth{0, k, n};
+  struct {
+    Key key;
+    int64_t wanted, found;
+  } kth{0, k, n};
 #pragma unroll 1
   for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits, counted = false) {
     if (!counted) {
@@ -86,10 +82,10 @@ __device__ Kth<Key> kth_greatest(const KeyAt& key_at, int64_t n, int64_t k, Sele
     }
     __syncthreads();  // the prefix is written
     kth = {shared.prefix, shared.wanted, shared.found};
-    if (kth.found == kth.wanted) break;                                               // the same in every thread
-    if (kRoughly && k >= 2 * kth.wanted) return {kth.key + (Key(1) << shift), 0, 0};  // those that begin so stay out
+    if (kth.found == kth.wanted) break;                                       // the same in every thread
+    if (kRoughly && k >= 2 * kth.wanted) return kth.key + (Key(1) << shift);  // those that begin so stay out
   }
-  return kth;
+  return kth.key;
 }
 
 // ---- the k largest of an image's negatives, for hard_negatives and multibox_loss ----------------
@@ -170,10 +166,10 @@ class ImageKeys {
 template <class Key>
 struct KeysOfWarp {
   unsigned positives, negatives;
-  Key most, least;  // of the negatives
+  Key most, least;  // of the negatives; all other keys are less, so that `most` may be of all
 };
 
-// What the threads of a block tell each other.
+// What the threads of a block tell each other in cut_negatives().
 template <class Key>
 struct Selection {
   KeysOfWarp<Key> keys[kSelectWarps];
@@ -210,7 +206,7 @@ struct KthValue {
 
 // Of the values from `low` to `high`, k >= 1 of them at least. for_each_value(f) calls f(value, is_one) for all that
 // this thread has. Each round splits the range into as many parts as there are threads, counts the values in each and
-// goes on with the one that has the k-th: two or three rounds, as parts soon hold a single value.
+// goes on with the one that has the k-th: mostly two or three rounds, as parts soon hold a single value, at most seven.
 template <class X, class ForEachValue, class Key>
 __device__ KthValue<X> kth_in_range(X low, X high, unsigned k, const ForEachValue& for_each_value,
                                     Selection<Key>& shared) {

@@ -1,5 +1,5 @@
 #pragma once
-// NMS within a tile of boxes, as bits.
+// Overlaps of boxes, and NMS within a tile of boxes, as bits.
 #include "common/gpu.h"
 
 namespace ssd_ext::gpu {
@@ -41,7 +41,8 @@ __device__ __forceinline__ double least_of(double a, double b) { return fmin(a, 
 __device__ __forceinline__ float greatest_of(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double greatest_of(double a, double b) { return fmax(a, b); }
 
-// The intersection, or some number where a coordinate is NaN: for OverlapShares.
+// The intersection, or some number where a coordinate is NaN, which makes the area NaN, too, and comparisons with it
+// false.
 template <class C>
 __device__ __forceinline__ C rough_intersection(const Box<C>& a, const Box<C>& b) {
   const C w = least_of(a.x2, b.x2) - greatest_of(a.x1, b.x1);

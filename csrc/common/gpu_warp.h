@@ -4,8 +4,8 @@
 
 namespace ssd_ext::gpu {
 
-// Lane l takes x of lane l ^ 16, then of l ^ 8, ... l ^ 1: one order for sums of doubles, too. A loop, because what is
-// summed once in a kernel waits for its code.
+// Lane l takes x of lane l ^ 16, then of l ^ 8, ... l ^ 1: one order for sums of doubles, too. Not unrolled: a sum that
+// runs once costs more in instruction fetches than a loop does.
 template <class X>
 __device__ X warp_sum(X x) {
 #pragma unroll 1

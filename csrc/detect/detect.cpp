@@ -63,9 +63,9 @@ Sizes check_tensors(const char* op, const Tensor& deltas, const Tensor& logits, 
   if (classes > 0 && num_priors > kMostCandidates / classes) {
     raise(op, ": logits must have at most ", kMostCandidates, " elements an image, got ", shape_of(logits));
   }
-  const int64_t blocks = std::max(kMostPartsCuda, num_priors / 8 + 1);  // of an image, where there are many
+  const int64_t blocks = std::max(kMostPartsCuda, num_priors / 64 + 1);  // of an image, where there are many
   if (is_cuda(logits) && images > kMostBlocksCuda / blocks) {
-    raise(op, ": ", kMostPartsCuda, " * B and B * (P / 8 + 1) of logits must be at most ", kMostBlocksCuda,
+    raise(op, ": ", kMostPartsCuda, " * B and B * (P / 64 + 1) of logits must be at most ", kMostBlocksCuda,
           " on CUDA, got ", shape_of(logits));
   }
   return {images, num_priors, classes};

@@ -354,7 +354,7 @@ __device__ void list_best(const Inputs& in, const Workspace<C>& w, int64_t image
   count = gpu::warp_sum(lane < kWarps ? shared.candidates[lane] : 0);
   Key<C> cut = 1;
   if (count > best) {
-    cut = gpu::kth_greatest<kThreads, kKeyBits<C>>(key_at, priors, best, shared.select, true).key;
+    cut = gpu::kth_greatest<kThreads, kKeyBits<C>>(key_at, priors, best, shared.select, true);
     count = unsigned(best);
   }
   if (thread == 0) shared.slot = atomicAdd(&w.counters[image].listed, count);
@@ -425,7 +425,7 @@ __device__ Key<C> next_chunk(const Key<C>* list, int n, int& seen, Key<C>& last,
   };
   Key<C> cut = 1;
   if (n - seen > kChunk) {  // any good part of a chunk will do
-    cut = gpu::kth_greatest<kThreads, kKeyBits<C>, kAhead, true>(key_at, n, kChunk, select).key;
+    cut = gpu::kth_greatest<kThreads, kKeyBits<C>, kAhead, true>(key_at, n, kChunk, select);
   }
   if (thread == 0) shared.gathered = 0;
   shared.keys[thread] = 0;
@@ -489,7 +489,7 @@ __device__ Group group_of(const GroupAt& group_at) {
 }
 
 // IoU > threshold of one box with others. The product of threshold and union decides but for its rounding, next to the
-// threshold the quotient. Of OverlapShares, whose bound is only a lower one, each overlap would take a quotient, one
+// threshold the quotient. With OverlapShares, which only rules overlaps out, each overlap would take a quotient, one
 // lane after another: candidates of a class that stand side by side overlap more often than not.
 template <class C>
 struct Overlaps {
@@ -499,7 +499,7 @@ struct Overlaps {
   __device__ Overlaps(const Box<C>& box, C threshold) : box(box), own_area(area(box)), threshold(threshold) {
     // Boxes that meet have a union no smaller than each of them. Where a product may be a denormal number, and lack
     // bits, the quotient decides always.
-    const bool is_normal = threshold * own_area > C(1e-30);
+    const bool is_normal = threshold * own_area > OverlapShares<C>::kTiny;
     low = is_normal ? threshold * C(1 - 1e-5) : C(0);
     high = is_normal ? threshold * C(1 + 1e-5) : std::numeric_limits<C>::infinity();
   }

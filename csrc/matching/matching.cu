@@ -11,7 +11,7 @@
 //    slow path of the division; the 35 ground truths of the fullest image came one after another; 64 registers left a
 //    second wave; and the forced matches waited for code that no cache held.
 // 4. This one: no quotient of 0, a prior a lane and two ground truths at a time, the largest priors first, a third less
-//    code: 9, 22, 5. Measured: 13.7, 36.6, 7.
+//    code: 9, 22, 5. Measured: 13.7, 36.6, -.
 //
 // What binds it: at B = 32 instructions, 300 for the 32 priors of a warp and 54 for each ground truth near them, and
 // the fullest image; at B = 1 a chain of latencies, in clocks: priors and offsets 1,700, seven ground truths 3,900,
@@ -207,7 +207,7 @@ __device__ __forceinline__ Best<C> compare(const GtTile<C>& gts, int k0, int n, 
       inters[i] = intersection(gts.boxes[k0 + bits[i]], prior.box);
     }
     for (int i = 0; i < kAtOnce; ++i) {
-      ious[i] = gpu::iou_of(inters[i], gts.areas[k0 + bits[i]] + prior.area - inters[i]);
+      ious[i] = gpu::iou_of(inters[i], gts.areas[k0 + bits[i]], prior.area);
       if (ious[i] > prior.iou) {
         prior.iou = ious[i];
         prior.match = j0 + k0 + bits[i];

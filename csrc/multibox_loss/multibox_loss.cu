@@ -8,12 +8,12 @@
 //   37      (predicted) exponentials without bounds, scaled in one step, where none can over- or underflow: 224
 //   32      a quarter of a warp a row, so that fewer instructions surround the exponentials: 180, 12 loads in flight
 //   Now instructions bind it: four of five clocks issue one. Memory is busy for three clocks of five.
-// settle_kernel, a block an image, hardly shorter at B = 1 than at B = 32.
+// settle_kernel, a block an image, a quarter shorter at B = 1.
 //   25      a radix selection; warps share out their kept rows; the last block ends the sums
 //   20      keys in registers, bisected. Clocks: 4,300 to load and look at 105 KB, 9,500 for 16 rounds, 3,100 to mark,
 //           9,900 for the terms, of which each warp has a few, 1,400 for sums, 2,100 for the ticket, 6,300 for the end
 //   16      keys split a thousandfold in two rounds (3,500); full warps compute the terms (about 6,000 with what waits
-//           for them); no 64-bit arithmetic for each prior (1,600 to mark); one warp ends it (4,100). 12 at B = 1
+//           for them); no 64-bit arithmetic for each prior (1,600 to mark); one warp ends it (4,100)
 //   Now the loads (4,000 to 6,500) and the latency of its steps bind it: several blocks an image would help, which
 //   takes clusters.
 // logits_gradient_kernel, which writes 90.5 MB: 20 at least, 31 on an H100.
@@ -359,9 +359,9 @@ __device__ Kept keep(const Keys& keys, const typename Keys::Key* batch, int size
 // The terms of a batch of priors. Few priors are kept, and terms take long: all kept ones are listed, so that full
 // warps compute their terms, and whoever keeps a prior adds its own.
 struct Terms {
-  unsigned
-      of_warps[gpu::kSelectWarps];  // kept priors of each warp, and in the upper half those of them that are positive
-  int prior[kSums];                 // of a term, from the batch's first on
+  // Kept priors of each warp, and in the upper half those of them that are positive.
+  unsigned of_warps[gpu::kSelectWarps];
+  int prior[kSums];  // of a term, from the batch's first on
   double value[kSums];
 };
 
@@ -636,8 +636,7 @@ void multibox_loss_cuda(const Rows& logits, const Rows& deltas, const Rows& targ
                         const Loss& loss, void* loc, void* conf, void* ranks, int64_t* divisors, void* workspace,
                         Stream stream) {
   const Workspace w(workspace, loss);
-  if (loss.mining.num_priors == 0 || loss.mining.batch == 0)
-    gpu::clear(w.ticket, sizeof *w.ticket, stream);  // else rank_kernel does
+  if (loss.mining.num_priors == 0) gpu::clear(w.ticket, sizeof *w.ticket, stream);  // else rank_kernel does
   gpu::dispatch(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using C = gpu::Compute<T>;

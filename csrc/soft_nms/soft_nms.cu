@@ -1,4 +1,6 @@
-// One block takes the boxes one after another: as many steps as boxes are taken. Clocks of a step at N = 1000, of which
+// One block takes the boxes one after another: as many steps as boxes are taken.
+//
+// Ladder: clocks of a step at N = 1000, of which
 // 311 are taken; of an H200 where measured, else predicted from the instructions of sm_90.
 //
 // 1. All candidates in global memory, 1,024 threads, the best of warp and block by 30 shuffles each: 2,400 predicted.
@@ -10,8 +12,9 @@
 //    of a warp, of whatever candidates, are made at once; what a warp proposes brings its box along; indices are
 //    looked up in the end.
 //
-// What binds it: the latency of a step. Of 1,170 clocks of one step 420 go by until all scores are lowered, 240 until
-// each warp has proposed, 220 from the barrier to the box that is taken, and 290 until its owner has put it down.
+// What binds it: the latency of a step. Of a step of 1,170 clocks, which reading the clock made longer, 420 go by until
+// all scores are lowered, 240 until each warp has proposed, 220 from the barrier to the box that is taken, and 290
+// until its owner has put it down.
 #include "soft_nms/soft_nms.h"
 
 #include "common/gpu.h"
@@ -143,24 +146,28 @@ struct Candidates {
   // Lowers the scores by a taken box and offers what is left to `best`.
   template <class Rule>
   __device__ __forceinline__ void decay(const Rule& rule, const Box<C>& taken, int first, Best<C>& best) {
-    // A rough intersection that is wrong, or below 0, makes no IoU above 0. See OverlapShares about tiny areas.
-    const C taken_area = area(taken), likely = taken_area < C(1e-30) ? C(0) : rule.likely;
+    // A rough intersection that is wrong, or below 0, makes no IoU above 0.
+    const C taken_area = area(taken), likely = taken_area < OverlapShares<C>::kTiny ? C(0) : rule.likely;
     C inters[kCount], areas[kCount];
     unsigned open = 0;  // candidates whose score may fall, as bits
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       areas[i] = area(boxes[i]);
       inters[i] = gpu::rough_intersection(boxes[i], taken);
-      const bool falls = (scores[i] > kGone<C>)&(inters[i] > likely * (areas[i] + taken_area));
-      open |= falls ? 1u << i : 0u;
+      const bool is_candidate = scores[i] > kGone<C>, overlaps = inters[i] > likely * (areas[i] + taken_area);
+      open |= is_candidate & overlaps ? 1u << i : 0u;
     }
-    // One quotient for candidates of different number in all lanes: seldom has a lane two of them.
+    // Each lane takes the quotient of one of its candidates at the same time; few lanes have a second one.
     for (; open; open &= open - 1) {
       const unsigned one = open & -open;
       C inter = inters[0], own_area = areas[0], score = scores[0];
 #pragma unroll
       for (int i = 1; i < kCount; ++i) {
-        if (one >> i & 1) inter = inters[i], own_area = areas[i], score = scores[i];
+        if (one >> i & 1) {
+          inter = inters[i];
+          own_area = areas[i];
+          score = scores[i];
+        }
       }
       score = rule.lowered(score, inter, taken_area, own_area);
 #pragma unroll
@@ -179,7 +186,8 @@ struct Candidates {
   }
 };
 
-// Keys have the order of scores, of which none is NaN, and -0 the key of 0.
+// Keys have the order of scores, and -0 the key of 0. As no score is NaN, this is shorter than order_key_nan_least(),
+// which every step of every candidate would pay for.
 template <class C>
 __device__ __forceinline__ auto key_of(C score) {
   const auto bits = bit_cast<IntOf<C>>(score + C(0)), sign = bits >> (8 * int(sizeof(C)) - 1);

@@ -160,7 +160,7 @@ def main() -> int:
     if cuda and not args.once:
         one = torch.zeros(1, device="cuda")
         made |= {"rates": rates(), "least_replay_us": replay_microseconds(lambda: one.add_(1))}
-        print(*(f"{name}: {rate:.0f} GB/s" for name, rate in made["rates"].items()), sep="\n")
+        print(*(f"{name}: {rate:.0f} GB/s" for name, rate in made["rates"].items()), sep="\n", flush=True)
         print(f"replay of one addition: {made['least_replay_us']:.1f} us", flush=True)
     for op, case in [find(*names) for names in CASES if args.cases in names[1]]:
         if perf_counter() - start > args.seconds:
