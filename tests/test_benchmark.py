@@ -252,6 +252,7 @@ def test_real_ground_truth():
         assert ((n >= 1) & (n <= 80)).all()
 
 
+@pytest.mark.slow
 def test_script_writes_figures_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     made, picture = tmp_path / "made.json", tmp_path / "picture.png"
@@ -344,6 +345,7 @@ def few_cases(monkeypatch):
     monkeypatch.setattr(base, "PAIRS", 1)
 
 
+@pytest.mark.slow
 def test_builds_are_compared_to_the_bit_and_timed(planted, few_cases, tmp_path, capsys):
     made = tmp_path / "made.json"
     ops = ["decode", "encode", "hard_negatives", "box_iou", "soft_nms_padded", "match"]

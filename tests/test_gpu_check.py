@@ -314,6 +314,7 @@ def alive(number):
         return False
 
 
+@pytest.mark.slow
 def test_a_job_that_runs_too_long_is_ended_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "GRACE", 1)
     deaf = "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -331,6 +332,7 @@ def test_a_job_that_runs_too_long_is_ended_with_its_children(tmp_path, monkeypat
     assert not alive(child_number)
 
 
+@pytest.mark.slow
 def test_a_job_that_runs_too_long_may_still_report(tmp_path):
     code = """
 import time

@@ -449,7 +449,7 @@ def test_a_negative_label_is_refused_as_by_torchvision():
             step(model, made)
 
 
-@pytest.mark.parametrize("build", [ssd, faster_rcnn])
+@pytest.mark.parametrize("build", [ssd, pytest.param(faster_rcnn, marks=pytest.mark.slow)])
 def test_compiled(build):
     torch.compiler.reset()
     ours, _ = pair(build)
