@@ -68,33 +68,37 @@ def measured(device: str) -> list[tuple[Result, Run]]:
 
 def written() -> str:
     """What the README holds between the two comments."""
-    cpu, cuda = section("cpu"), section("cuda")
-    return "\n\n".join([LEGEND, cpu, *(["On a GPU:", cuda] if cuda else ["No GPU has been measured yet."])])
+    return "\n\n".join([LEGEND, section("cpu"), "On a GPU:", section("cuda")])
 
 
 def section(device: str) -> str:
-    """Table, conditions and picture of a device; empty where there are no results."""
+    """Table, conditions and picture of a device."""
     found = measured(device)
-    if not found:
-        return ""
-    headings = ["op", "case", OURS, "fastest peer", *map(report.shown_name, SHOWN)]
-    if device == "cuda":
+    aligned, headings = "llrlrr", ["op", "case", OURS, "fastest peer", *map(report.shown_name, SHOWN)]
+    lines = [line(result) for result, _ in found]
+    if device == "cuda":  # a column more
+        aligned = "llrrlrr"
         headings.insert(3, f"in a {GRAPH}")
-    lines = [line(result, device) for result, _ in found]
+        for cells, (result, _) in zip(lines, found, strict=True):
+            cells.insert(3, graph_milliseconds(result))
     link = PICTURES[device].relative_to(ROOT).as_posix()
     picture = f"![The same cases with every contender, as bars on a log scale]({link})"
-    table = report.markdown_table("llr" + "r" * (device == "cuda") + "lrr", headings, lines)
-    return "\n\n".join([table, origin(found), picture])
+    return "\n\n".join([report.markdown_table(aligned, headings, lines), origin(found), picture])
 
 
-def line(result: Result, device: str) -> list[str]:
+def line(result: Result) -> list[str]:
     """A row of the table."""
     rows = {row["name"]: row for row in result["contenders"]}
     ours, fastest = rows[OURS], rows[result["best_peer"]]
-    graph = [report.milliseconds(rows[GRAPH]) if "median_ms" in rows.get(GRAPH, {}) else ""] * (device == "cuda")
     peer = f"{report.shown_name(fastest['name'])} {report.cell(fastest, ours)}"
     shown = [report.cell(rows.get(name), ours) for name in SHOWN]
-    return [f"`{result['op']}`", result["case"], report.milliseconds(ours), *graph, peer, *shown]
+    return [f"`{result['op']}`", result["case"], report.milliseconds(ours), peer, *shown]
+
+
+def graph_milliseconds(result: Result) -> str:
+    """Of ours, replayed; empty where there can be no CUDA graph."""
+    timed = [row for row in result["contenders"] if row["name"] == GRAPH and "median_ms" in row]
+    return report.milliseconds(timed[0]) if timed else ""
 
 
 def origin(found: list[tuple[Result, Run]]) -> str:

@@ -39,8 +39,8 @@ def _coding_cases(key, make_rows):
         case("two batch dimensions", (2, 3), 33),
         case("B=3 P=5", (3,), 5),
         case("P=1", (3,), 1),
-        case("P=0", (3,), 0, peers=False),
-        case("B=0", (0,), 7, peers=False),
+        case("P=0", (3,), 0, peers=False, smooth=False),
+        case("B=0", (0,), 7, peers=False, smooth=False),
         Case("strided", strided),
         Case("expanded", expanded),
         on_priors("SSD300 B=1", 1),
@@ -91,7 +91,7 @@ DECODE = OpInfo(
     op=ops.decode,
     reference=reference.decode,
     schema="decode",
-    cases=[*_coding_cases("deltas", _deltas), Case("hostile deltas", _hostile_deltas, peers=False)],
+    cases=[*_coding_cases("deltas", _deltas), Case("hostile deltas", _hostile_deltas, peers=False, smooth=False)],
     errors=[
         *_coding_errors("deltas"),
         ErrorCase(

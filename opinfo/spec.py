@@ -32,7 +32,8 @@ class Case:
     quick: bool = False  # of those, part of `run.py --quick`
     dtypes: tuple[torch.dtype, ...] = FLOATS  # those in which the input makes sense
     backward: bool = False  # the benchmark times the gradients of the outputs' sum with it
-    smooth: bool = True  # False: at a kink or a jump of the op, where finite differences mean nothing
+    # False: finite differences mean nothing, at a kink or a jump of the op, of numbers that are not finite, or of none.
+    smooth: bool = True
     peers: bool = True  # False: peers crash on it or give another answer (empty, NaN, a rule of ours)
 
 

@@ -462,7 +462,7 @@ def test_an_emulator_gets_no_large_case_but_one():
 def repository(tmp_path, monkeypatch):
     """A function that commits a setup.py in a repository of its own, which then is the one to build."""
     if shutil.which("git") is None:
-        pytest.skip("needs git")
+        pytest.skip("git, with which run.py --base finds the other revision, is not installed")
 
     def git(*arguments):
         identity = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]

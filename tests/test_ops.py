@@ -210,8 +210,6 @@ def test_opcheck(op, case, device, generator):
 def test_gradients_are_finite_differences(op, case, device, generator):
     inputs = convert(case.make(generator), torch.float64, device)
     names = op.differentiable
-    if any(not torch.isfinite(inputs[name]).all() for name in names) or any(inputs[n].numel() == 0 for n in names):
-        pytest.skip("finite differences need finite numbers")
     leaves = tuple(inputs[name].clone().requires_grad_() for name in names)
 
     def call(*values):
