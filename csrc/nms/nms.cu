@@ -38,9 +38,15 @@
 //                    rounds, eight words at once; words are found and read without branches; a tile is read together
 //                    with its first column. Rejected: settling each warp by itself between the rounds, which saves
 //                    hardly one.
-// What binds: at 1,000 boxes latency, of two launches and about ten dependent reads, and of a sweep that the second of
-// these versions did faster; at 20,000 ten chunks one after another; grouped, ranks and merges of keys of 128 bits, and
-// nine launches for later chunks that no group may have.
+//   20, 160,     us  Measured on an H100, where the version before took 22 and 164, of 18, 145 predicted: 512 threads,
+//   so
+//                    that a step decides twice as many boxes; a round keeps what a warp votes, not what each lane
+//                    holds, and takes 64 instructions instead of 85; each row's word is written by a lane of its own.
+//                    Rejected: two blocks a multiprocessor, 20 and 175 us.
+// What binds: at 1,000 boxes latency, mostly of chains of instructions, six clocks each. Of 30,000 clocks the first
+// warp compares for 6,000, all warps and the ticket take 4,400 more, the sweep begins its first step 2,500 later, and
+// two steps take 7,000 each. At 20,000 boxes ten chunks one after another; grouped, ranks and merges of keys of 128
+// bits, and nine launches for later chunks that no group may have.
 namespace ssd_ext::nms {
 namespace {
 
@@ -51,7 +57,7 @@ using gpu::Word;
 constexpr int kChunk = 32;  // tiles that are decided in one launch
 constexpr int64_t kChunkBoxes = kChunk * kTile;
 constexpr int64_t kFew = 4096;  // boxes that are sorted in one launch, and not grouped by class
-constexpr int kThreads = 256;   // of chunk_kernel
+constexpr int kThreads = 512;   // of chunk_kernel
 constexpr int kWarps = kThreads / gpu::kWarp;
 constexpr int kHeld = 4;         // words that a thread holds in registers
 constexpr int kMore = 8;         // that it reads at once if there are more
@@ -60,7 +66,7 @@ constexpr int kWarpsOfColumn = kTile / kRowsOfWarp;
 constexpr int kColumns = kWarps / kWarpsOfColumn;  // that a block compares at once
 template <class C>
 constexpr int kRowsAtOnce = sizeof(C) == 8 ? 1 : 2;  // as registers allow
-constexpr int64_t kBlocks = 384;                     // of chunk_kernel, that a large GPU runs at a time
+constexpr int64_t kBlocks = 132;                     // of chunk_kernel, that a large GPU runs at a time
 constexpr int kCompactThreads = gpu::kWarp * gpu::kWarp;
 static_assert(kChunk == gpu::kWarp && 2 * kRowsOfWarp <= 32);
 
@@ -217,7 +223,10 @@ struct Workspace {
 struct alignas(8) Halves {
   unsigned of[2];
 
-  __device__ bool meets(Word bits) const { return (unsigned(bits) & of[0]) | (unsigned(bits >> gpu::kWarp) & of[1]); }
+  // Not 0 if one of these is among `bits`.
+  __device__ unsigned met_by(Word bits) const {
+    return (unsigned(bits) & of[0]) | (unsigned(bits >> gpu::kWarp) & of[1]);
+  }
 };
 
 // What the threads of chunk_kernel tell each other.
@@ -228,8 +237,8 @@ struct Shared {
   int64_t class_ids[kTile];
   unsigned alive[kTile / gpu::kWarp];  // bits of the boxes that may be kept: their score is a number
   uint16_t rows[kChunkBoxes];          // of the chunk that no box kept before it removes, in order
-  Halves kept[2][kChunk];            // boxes of each tile that are kept as far as is known: now, and in the next round
-  unsigned kept_of_warp[2][kWarps];  // how many of a step, likewise
+  Halves kept[2][kChunk];     // boxes of each tile that are kept as far as is known: now, and in the next round
+  unsigned votes[2][kWarps];  // the same of a step, by threads
 };
 
 // ---- sorting ------------------------------------------------------------------------------------
@@ -376,11 +385,15 @@ __device__ void compare_tile(const Sorted<T>& in, const Workspace<gpu::Compute<T
     if (own < 0) {
       alive &= ~met_rows;
     } else {
+      Word earlier = 0;  // of the row of this lane
       for (unsigned rest = met_rows; rest; rest &= rest - 1) {
-        const int r = __ffs(int(rest)) - 1, row = first_row + r;
-        Word earlier = ballot_tile(hits >> r & 1, hits >> (kRowsOfWarp + r) & 1);
-        if (own == tile) earlier &= (Word(1) << row) - 1;
-        if (lane > 0 || earlier == 0) continue;
+        const int r = __ffs(int(rest)) - 1;
+        const Word bits = ballot_tile(hits >> r & 1, hits >> (kRowsOfWarp + r) & 1);
+        if (lane == r) earlier = bits;
+      }
+      const int row = first_row + lane;
+      if (own == tile) earlier &= (Word(1) << row % kTile) - 1;
+      if (earlier != 0) {
         w.earlier_of(chunk, own)[tile * kTile + row] = earlier;
         atomicOr(&w.met_tiles[chunk.begin + tile * kTile + row], 1u << own);
       }
@@ -401,21 +414,22 @@ struct Earlier {
   Word boxes[kWords];
 
   // Takes the last ones of met_tiles from earlier_of() the chunk's first column. All are read before one is used.
-  __device__ __forceinline__ Earlier(const Word* words, int rows, int row, unsigned& met_tiles) : tiles{}, boxes{} {
+  __device__ __forceinline__ Earlier(const Word* words, unsigned rows, int row, unsigned& met_tiles)
+      : tiles{}, boxes{} {
 #pragma unroll
     for (int e = 0; e < kWords; ++e) {
       const unsigned tile = unsigned(kChunk - 1 - __clz(int(met_tiles))) % kChunk;
-      if (met_tiles) boxes[e] = gpu::load_written(words + (int(tile) * rows + row));
+      if (met_tiles) boxes[e] = gpu::load_written(words + (tile * rows + unsigned(row)));
       tiles[e / 4] |= tile << (8 * (e % 4));
       met_tiles &= ~(1u << tile);
     }
   }
 
   __device__ __forceinline__ bool meet(const Halves* kept) const {
-    bool meets = false;
+    unsigned met[2] = {};  // a shorter chain than one
 #pragma unroll
-    for (int e = 0; e < kWords; ++e) meets |= kept[tiles[e / 4] >> (8 * (e % 4)) & 255].meets(boxes[e]);
-    return meets;
+    for (int e = 0; e < kWords; ++e) met[e % 2] |= kept[tiles[e / 4] >> (8 * (e % 4)) & 255].met_by(boxes[e]);
+    return (met[0] | met[1]) != 0;
   }
 };
 
@@ -474,28 +488,29 @@ __device__ void sweep_chunk(const Sorted<T>& in, const Workspace<gpu::Compute<T>
     const Earlier<kHeld> next_earlier(words, chunk_rows, next_row, next_met_tiles);
     const unsigned after_next = met_tiles_of(row_of(step + 2));
 
-    unsigned votes;
-    for (bool is_kept = false, was_kept = false, found = is_open;;) {
+    // Votes of three rounds: two copies of what is kept take turns, so that the next one is two rounds old.
+    unsigned votes = 0, last = 0, before_last;
+    Halves* const of_row = &shared.kept[0][unsigned(row) / kTile % kChunk];
+    for (bool found = is_open;;) {
       now = 1 - now;
+      before_last = last;
+      last = votes;
       votes = __ballot_sync(gpu::kFullMask, found);
-      if (lane == 0) shared.kept_of_warp[now][warp] = __popc(votes);
-      unsigned* const half = &shared.kept[now][unsigned(row) / kTile % kChunk].of[unsigned(row) / gpu::kWarp % 2];
+      unsigned* const half = &of_row[now * kChunk].of[unsigned(row) / gpu::kWarp % 2];
+      if (lane == 0) shared.votes[now][warp] = votes;
       if (are_all) {  // a warp has half a tile
         if (lane == 0 && row >= 0) *half = votes;
-      } else if (found != was_kept) {  // what this copy says, which is two rounds old
+      } else if ((votes ^ before_last) >> lane & 1) {
         atomicXor(half, 1u << (row % gpu::kWarp));
       }
-      const bool changes = found != is_kept;
-      was_kept = is_kept;
-      is_kept = found;
-      if (!__syncthreads_or(changes)) break;  // the round's boxes are known
-      found = is_open && !earlier.meet(shared.kept[now]);
+      if (!__syncthreads_or(votes != last)) break;  // the round's boxes are known
+      found = is_open & !earlier.meet(shared.kept[now]);
       for (unsigned rest = met_tiles; rest && found;) {
         found = !Earlier<1>(words, chunk_rows, row, rest).meet(shared.kept[now]);
       }
     }
 
-    const unsigned of_warp = lane < kWarps ? shared.kept_of_warp[now][lane] : 0;
+    const unsigned of_warp = lane < kWarps ? __popc(shared.votes[now][lane]) : 0;
     const int rank = kept + int(gpu::warp_sum(lane < warp ? of_warp : 0) + gpu::count_before(votes, lane));
     kept += int(gpu::warp_sum(of_warp));
     if (votes >> lane & 1) {
@@ -521,7 +536,7 @@ __device__ void sweep_chunk(const Sorted<T>& in, const Workspace<gpu::Compute<T>
 // with its share of the columns; the last block to be done with a chunk decides it. Meanwhile blocks (x, y, 1) compare
 // all later tiles with what has been kept lately.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(gpu::Compute<T>) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, 1)
     chunk_kernel(Sorted<T> in, Workspace<gpu::Compute<T>> w, int64_t wave, gpu::Compute<T> threshold,
                  int64_t* __restrict__ keep,  // [n]
                  int64_t* __restrict__ count) {
