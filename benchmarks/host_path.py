@@ -54,12 +54,11 @@ def ops_to_count() -> dict[str, Callable[[], Any]]:
         inputs = op.scaling(1) if op.scaling else case.make(torch.Generator().manual_seed(SEED))
         calls[name] = partial(op.op, **inputs)
 
-    targets = by_name["assign_targets"].scaling(1)
-    boxes, labels = torch.cat(targets["gt_boxes"]), torch.cat(targets["gt_labels"])
-    flat = targets | {"gt_boxes": (boxes, torch.tensor([0, len(boxes)])), "gt_labels": labels}
-    calls["assign_targets, offsets"] = partial(by_name["assign_targets"].op, **flat)
-    for form, given in (("match", targets), ("match, offsets", flat)):
-        calls[form] = partial(by_name["match"].op, **{key: given[key] for key in given if key != "gt_labels"})
+    inputs = by_name["assign_targets"].scaling(1)
+    listed = inputs | {"ground_truth": inputs["ground_truth"].to_targets()}
+    for name in ("match", "assign_targets"):
+        calls[name] = partial(by_name[name].op, **inputs)
+        calls[f"{name}, of dicts"] = partial(by_name[name].op, **listed)
 
     loss = by_name["multibox_loss"]
     inputs = loss.scaling(1)

@@ -2,10 +2,11 @@
 
     python benchmarks/model.py [--device cuda] [--batch 1 8] [--json FILE]
 
-Inference: ``heads`` is the network alone, ``ops`` what makes detections of its output, ``detect`` both; ``images`` is
-all from a list of images of 480 x 640 pixels to a list of detections, as torchvision's model does it. Training: ``ops``
-is matching and loss of the heads' output, forward and backward; ``step`` one whole step of SGD. All take turns in one
-process; medians. The share of the ops is that of ``ops`` in ``detect`` and in ``step``.
+Inference: ``heads`` is the network alone, ``ops`` what makes detections of its output, ``detect`` all from a tensor of
+images of the model's size to padded detections; ``images`` is all from a list of images of 480 x 640 pixels to a list
+of detections, as torchvision's model does it. Training: ``ops`` is matching and loss of the heads' output, forward and
+backward; ``step`` one whole step of SGD on what a loader of ours gives, a tensor of images and a ``GroundTruth``. All
+take turns in one process; medians. The share of the ops is that of ``ops`` in ``detect`` and in ``step``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300  # n
 from benchmarks.record import commit, cpu_model, write_json  # noqa: E402
 from benchmarks.timing import Clock, CpuClock, CudaClock, alternate  # noqa: E402
 from opinfo.inputs import synthetic_gts  # noqa: E402
-from ssd_ext import _C  # noqa: E402
+from ssd_ext import _C, GroundTruth  # noqa: E402
 from ssd_ext.models import MODELS, SSD, create, load_weights  # noqa: E402
 
 CLASSES = 81
@@ -63,7 +64,8 @@ def inference(name: str, batch: int, device: str, compiled: bool, amp: bool) -> 
     ours, peer = make(name, device)
     ours.eval()
     images = [torch.rand(3, 480, 640, device=device) for _ in range(batch)]
-    x = ours.transform(images)
+    fitting = torch.rand(batch, 3, *ours.image_size, device=device)
+    x = ours.transform(fitting)
 
     def call(f: Callable, *arguments) -> Callable[[], object]:
         def run():
@@ -76,15 +78,15 @@ def inference(name: str, batch: int, device: str, compiled: bool, amp: bool) -> 
         predictions = ours.heads(x)
     calls = {
         "heads": call(ours.heads, x),
-        "ops": call(ours.detections, *predictions),
-        "detect": call(ours.predict, x),
+        "ops": call(ours.postprocess, *predictions),
+        "detect": call(ours.predict, fitting),
         "images": call(ours, images),
     }
     if compiled:
         heads, predict = torch.compile(ours.heads), torch.compile(ours.predict)
-        calls |= {"heads, compiled": call(heads, x), "detect, compiled": call(predict, x)}
+        calls |= {"heads, compiled": call(heads, x), "detect, compiled": call(predict, fitting)}
     if device == "cuda":
-        calls["detect, CUDA graph"] = captured(call(ours.predict, x))
+        calls["detect, CUDA graph"] = captured(call(ours.predict, fitting))
     if peer is not None:
         peer.eval()
         calls["torchvision, images"] = call(peer, images)
@@ -110,7 +112,7 @@ def training(name: str, batch: int, device: str, amp: bool) -> Calls:
     ours, peer = make(name, device)
     images = [torch.rand(3, *ours.image_size, device=device) for _ in range(batch)]
     targets = targets_for(images, device)
-    stacked = torch.stack(images)
+    stacked, ground_truth = torch.stack(images), GroundTruth.from_targets(targets)
 
     def step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], object]:
         model.train()
@@ -126,13 +128,12 @@ def training(name: str, batch: int, device: str, amp: bool) -> Calls:
         return run
 
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=amp):
-        predictions = [t.requires_grad_() for t in ours.heads(stacked)]
-    sizes = torch.tensor([ours.image_size] * batch, device=device)
+        predictions = [t.requires_grad_() for t in ours.heads(ours.transform(stacked))]
 
     def ops():
-        return torch.autograd.grad(sum(ours.losses(*predictions, targets, sizes).values()), predictions)
+        return torch.autograd.grad(sum(ours.losses(*predictions, ground_truth).values()), predictions)
 
-    calls = {"ops": ops, "step": step(ours, lambda: sum(ours(stacked, targets).values()))}
+    calls = {"ops": ops, "step": step(ours, lambda: sum(ours(stacked, ground_truth).values()))}
     if peer is not None:
         calls["torchvision, step"] = step(peer, lambda: sum(peer(images, targets).values()))
     return calls

@@ -40,15 +40,10 @@ def _link(obj, role: str, name: str) -> str:
 
 
 def _path(obj, name: str) -> str:
-    """A full name stands for itself, a short one for what it means to ``obj``, or for an op."""
+    """A full name stands for itself, a short one for what it means to ``obj``, or for an op; "" for other packages'."""
     try:
         path = name if name.startswith("ssd_ext.") else obj.resolve(name)
     except griffe.NameResolutionError:
-        path = f"ssd_ext.ops.{name}"
-    # To griffe, ssd_ext.ops.nms is the module, not the function of its name.
-    inner = f"{path}.{path.rsplit('.', 1)[1]}"
-    try:
-        obj.modules_collection[inner]
-    except KeyError:
-        return path
-    return inner
+        path = "" if "." in name else f"ssd_ext.ops.{name}"
+    # To griffe this is the module, not the function of its name.
+    return f"{path}.augmentation" if path == "ssd_ext.data.augmentation" else path

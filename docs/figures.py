@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_ext import ops
+from ssd_ext import GroundTruth, ops
 from ssd_ext.data import load_dataset
 from ssd_ext.priors import SSD300_COCO
 
@@ -71,7 +71,7 @@ def corners(priors: Tensor) -> Tensor:
 def default_boxes():
     """The boxes of one cell, of three levels."""
     image, _, _, extent = photograph("IMG_2383")
-    priors, counts, per_cell = SSD300_COCO.boxes(), SSD300_COCO.counts(), SSD300_COCO.per_cell()
+    priors, counts, per_cell = SSD300_COCO.priors(), SSD300_COCO.counts(), SSD300_COCO.per_cell()
     shown = {1: (9, 9), 2: (4, 4), 3: (2, 2)}  # level: row and column of a cell near the card's centre
     sizes = [SSD300_COCO.feature_sizes[level] for level in shown]
     titles = [f"{rows} x {columns}, {per_cell[k]} a cell" for k, (rows, columns) in zip(shown, sizes, strict=True)]
@@ -89,11 +89,12 @@ def default_boxes():
 def matching():
     """Which priors each card gets, by the threshold and by force."""
     image, boxes, _, extent = photograph("cam_image45")
-    priors = SSD300_COCO.boxes()
+    priors = SSD300_COCO.priors()
     drawn = corners(priors) * extent
     figure, axes = panels(image, ['force="none": IoU of 0.5 or more', 'force="bipartite": and one for every card'])
-    by_threshold = ops.match([boxes], priors, force="none")[0]
-    for ax, matches in zip(axes, (by_threshold, ops.match([boxes], priors)[0]), strict=True):
+    cards = GroundTruth.from_lists([boxes])
+    by_threshold = ops.match(cards, priors, force="none")[0]
+    for ax, matches in zip(axes, (by_threshold, ops.match(cards, priors)[0]), strict=True):
         for g, color in enumerate(COLORS):
             draw_boxes(ax, boxes[g : g + 1] * extent, color, linewidth=3)
             draw_boxes(ax, drawn[(matches == g) & (by_threshold == g)], color, linewidth=1)
@@ -108,14 +109,14 @@ def matching():
 def mining():
     """The hardest negatives of a classifier that takes a prior for a card the more they overlap."""
     image, boxes, labels, extent = photograph("cam_image54")
-    priors = SSD300_COCO.boxes()
-    targets, _ = ops.assign_targets([boxes], [labels], priors)
-    positive, negative = targets[0] > 0, targets[0] == 0
+    priors = SSD300_COCO.priors()
+    _, target_labels = ops.assign_targets(GroundTruth.from_lists([boxes], [labels]), priors)
+    positive, negative = target_labels[0] > 0, target_labels[0] == 0
     overlap = ops.box_iou(boxes, corners(priors)).amax(0)
     noise = torch.randn(len(priors), generator=torch.Generator().manual_seed(0))
     card = 10 * overlap - 6 + 0.7 * noise  # the logit of a card against that of background
     loss = F.binary_cross_entropy_with_logits(card, positive.float(), reduction="none")
-    hard = ops.hard_negatives(loss[None], targets)[0]
+    hard = ops.hard_negatives(loss[None], target_labels)[0]
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.1), layout="constrained", width_ratios=(1.6, 1))
     show(left, image, "centres of priors")

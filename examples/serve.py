@@ -1,11 +1,11 @@
 """A detector behind HTTP: JSON with images in, JSON with what is on them out.
 
-    python examples/serve.py cards.pt2 --classes cards.txt
+    ssd_ext export --weights best.pt --out cards.pt2
+    python examples/serve.py cards.pt2
 
-``cards.pt2`` is ``torch.export.save(ssd_ext.export.program(model), "cards.pt2")``. ``POST /detect`` takes
-``{"images": [base64 of an image file, ...]}`` and answers, in their order,
+``POST /detect`` takes ``{"images": [base64 of an image file, ...]}`` and answers, in their order,
 ``{"images": [{"detections": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]} or {"error": "..."}, ...]}``:
-boxes in pixels of the image (turned upright by its EXIF orientation), by falling score. A request that cannot be
+boxes in pixels of the image (turned upright by its EXIF orientation), by descending score. A request that cannot be
 understood gets a status of 4xx and ``{"error": "..."}``.
 """
 
@@ -26,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_ext import unpad
+from ssd_ext import export, ops
 from ssd_ext.data import read_image
+from ssd_ext.inference import above, as_json
 
 MAX_BODY = 32 * 2**20  # bytes of a request
 MAX_IMAGES = 32  # of a request
@@ -40,57 +41,46 @@ class Detector:
     """The exported program, from base64 to what the answer says.
 
     Args:
-        path: of what ``torch.export.save`` wrote of :func:`ssd_ext.export.program`.
-        classes: the names of labels 1, 2, ...; labels without one are told as numbers.
+        path: of what :func:`ssd_ext.export.save` wrote. Without its metadata, as plain ``torch.export.save`` writes,
+            labels are told as numbers, and images are resized with antialiasing.
         threshold: of the scores that are told.
-        antialias: as the model's own: images are resized here as it resizes them.
     """
 
-    def __init__(
-        self, path: str | Path, classes: Sequence[str] = (), *, threshold: float = 0.5, antialias: bool = True
-    ):
+    def __init__(self, path: str | Path, *, threshold: float = 0.5):
         """See the class for the arguments."""
-        program = torch.export.load(path)
+        extra = {export.METADATA: ""}
+        program = torch.export.load(path, extra_files=extra)
         (self.example,), _ = program.example_inputs
-        self.module = program.module()
-        self.classes, self.threshold, self.antialias = list(classes), threshold, antialias
+        self.module, self.threshold = program.module(), threshold
+        metadata = json.loads(extra[export.METADATA] or "{}")
+        self.classes = metadata.get("classes", [])
+        self.antialias = metadata.get("preprocessing", {}).get("antialias", True)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> list[dict]:
         """``{"detections": [...]}`` or ``{"error": "..."}`` of each image."""
         answers: list[dict] = [{} for _ in texts]
-        inputs, sizes = {}, {}
+        inputs, scales = {}, {}
+        rows, columns = self.example.shape[-2:]
         for i, text in enumerate(texts):
             try:
                 image = decode(text)
             except ValueError as error:
                 answers[i]["error"] = str(error)
                 continue
-            inputs[i], sizes[i] = self._resized(image), image.shape[-2:]
+            inputs[i] = self._resized(image)
+            scales[i] = torch.tensor([image.shape[2] / columns, image.shape[1] / rows] * 2)
         if inputs:
-            found = unpad(*(x.cpu() for x in self.module(torch.cat(list(inputs.values())))))
+            found = ops.unpad(*(x.cpu() for x in self.module(torch.cat(list(inputs.values())))))
             for i, of_image in zip(inputs, found, strict=True):
-                answers[i]["detections"] = self._told(of_image, sizes[i])
+                of_image["boxes"] = of_image["boxes"] * scales[i]
+                answers[i]["detections"] = as_json(above(of_image, self.threshold), self.classes)
         return answers
 
     def _resized(self, image: Tensor) -> Tensor:
         image = image.to(self.example.device, self.example.dtype)[None] / 255
         size = self.example.shape[-2:]
         return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=self.antialias)
-
-    def _told(self, found: dict[str, Tensor], size: tuple[int, int]) -> list[dict]:
-        (height, width), (rows, columns) = size, self.example.shape[-2:]
-        shown = found["scores"] > self.threshold
-        boxes = found["boxes"][shown] * torch.tensor([width / columns, height / rows]).repeat(2)
-        values = (found["labels"][shown].tolist(), found["scores"][shown].tolist(), boxes.tolist())
-        return [
-            {
-                "label": self.classes[label - 1] if label <= len(self.classes) else label,
-                "score": round(score, 4),
-                "box": [round(x, 1) for x in box],
-            }
-            for label, score, box in zip(*values, strict=True)
-        ]
 
 
 def decode(text: str) -> Tensor:
@@ -215,10 +205,8 @@ class Handler(BaseHTTPRequestHandler):
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     made = argparse.ArgumentParser(description="Serve a detector over HTTP.")
-    made.add_argument("detector", metavar="FILE.pt2", help="written by torch.export.save")
-    made.add_argument("--classes", metavar="FILE", help="names of the classes, one a line")
+    made.add_argument("detector", metavar="FILE.pt2", help="written by ssd_ext export")
     made.add_argument("--threshold", type=float, default=0.5, help="least score (default: %(default)s)")
-    made.add_argument("--no-antialias", action="store_true", help="for a model whose antialias is False")
     made.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     made.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     return made
@@ -227,10 +215,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command; ``argv`` is by default that of the process."""
     args = parser().parse_args(argv)
-    classes = Path(args.classes).read_text().split("\n") if args.classes else ()
-    detector = Detector(
-        args.detector, [name for name in classes if name], threshold=args.threshold, antialias=not args.no_antialias
-    )
+    detector = Detector(args.detector, threshold=args.threshold)
     with Server((args.host, args.port), detector) as server:
         host, port = server.server_address
         print(f"serving {args.detector} at http://{host}:{port}/detect", flush=True)

@@ -96,8 +96,8 @@ DECODE = OpInfo(
         *_coding_errors("deltas"),
         ErrorCase(
             "NaN clip",
-            lambda: {"deltas": torch.rand(5, 4), "priors": torch.rand(5, 4), "clip": math.nan},
-            r"clip must be a number, got nan",
+            lambda: {"deltas": torch.rand(5, 4), "priors": torch.rand(5, 4), "bbox_xform_clip": math.nan},
+            r"bbox_xform_clip must be a number, got nan",
         ),
     ],
     differentiable=("deltas",),
@@ -106,7 +106,7 @@ DECODE = OpInfo(
 
 
 def _pairs(n, m):
-    return lambda g: {"boxes_a": random_boxes(n, g), "boxes_b": random_boxes(m, g)}
+    return lambda g: {"boxes1": random_boxes(n, g), "boxes2": random_boxes(m, g)}
 
 
 def _hostile_boxes(g):
@@ -118,11 +118,11 @@ def _hostile_boxes(g):
     boxes[6] = boxes[5]
     boxes[7] = torch.tensor([-3e18, -3e18, 3e18, 3e18])
     boxes[8] = -boxes[8, [2, 3, 0, 1]]  # negative coordinates
-    return {"boxes_a": boxes, "boxes_b": boxes.flip(0)}
+    return {"boxes1": boxes, "boxes2": boxes.flip(0)}
 
 
 def _iou_of(a, b):
-    return lambda: {"boxes_a": a, "boxes_b": b}
+    return lambda: {"boxes1": a, "boxes2": b}
 
 
 BOX_IOU = OpInfo(
@@ -144,6 +144,8 @@ BOX_IOU = OpInfo(
         ErrorCase("not boxes", _iou_of(torch.rand(3, 5), torch.rand(3, 4)), r"\[N, 4\], got \[3, 5\]"),
         ErrorCase("one box", _iou_of(torch.rand(3, 4), torch.rand(4)), r"\[M, 4\], got \[4\]"),
         ErrorCase("dtypes mixed", _iou_of(torch.rand(3, 4), torch.rand(3, 4).half()), r"got float16"),
+        ErrorCase("floats and integers", _iou_of(torch.rand(3, 4), torch.ones(3, 4).int()), r"got int32"),
+        ErrorCase("bools", _iou_of(torch.ones(3, 4).bool(), torch.ones(3, 4).bool()), r"got bool"),
     ],
     full_size=_pairs(8732, 2),
 )

@@ -66,7 +66,7 @@ def _large(name, make, quick=False):
 
 
 def _ssd512(g):
-    return _trained(1, 81, g, priors.SSD512_COCO.boxes() * PIXELS)
+    return _trained(1, 81, g, priors.SSD512_COCO.priors() * PIXELS)
 
 
 # ---- hostile outputs: each changes what _random made -------------------------------------------
@@ -201,7 +201,9 @@ _SMALL = [
     _case("NaN and Inf logits", 2, 40, 5, 1.0, change=_nan_and_infinite_logits, dtypes=(torch.float32,)),
     _case("deltas of 500, NaN and Inf", 2, 60, 5, 1.0, change=_wild_deltas),
     _case("the same, clipped", 2, 60, 5, 1.0, change=_wild_deltas, **_UNIT),
-    _case("the same, sizes not bounded", 2, 60, 5, change=_wild_deltas, clip=math.inf, dtypes=(torch.float64,)),
+    _case(
+        "the same, sizes not bounded", 2, 60, 5, change=_wild_deltas, bbox_xform_clip=math.inf, dtypes=(torch.float64,)
+    ),
     _case("NaN, infinite and negative priors", 2, 60, 5, 1.0, change=_strange_priors),
     _case("negative coordinates", 2, 80, 5, 2.0, change=_negative),
     _case("other variances", 2, 80, 5, 2.0, variances=(1.0, 0.5)),
@@ -260,7 +262,7 @@ DETECT = OpInfo(
         ErrorCase("detections", _call(max_detections=0), r"max_detections must be at least 1, got 0"),
         ErrorCase("activation", _call(activation="relu"), r"must be 'softmax' or 'sigmoid', got 'relu'"),
         ErrorCase("variances", _call(variances=(0.1, 0.0)), r"variances must be positive.* got \(0.1, 0\)"),
-        ErrorCase("clip", _call(clip=math.nan), r"clip must be a number, got nan"),
+        ErrorCase("bbox_xform_clip", _call(bbox_xform_clip=math.nan), r"bbox_xform_clip must be a number, got nan"),
         ErrorCase("window", _call(window=(0, 0, 1)), r"window must be \(x1, y1, x2, y2\), got 3 values"),
         ErrorCase("window inverted", _call(window=(0, 2, 1, 1)), r"x1 <= x2 and y1 <= y2, got \(0, 2, 1, 1\)"),
         ErrorCase("window NaN", _call(window=(0, 0, 1, math.nan)), r"x1 <= x2 and y1 <= y2, got \(0, 0, 1, nan\)"),

@@ -15,7 +15,7 @@ DATA = Path(__file__).resolve().parent / "data"
 @functools.cache
 def ssd300_priors() -> Tensor:
     """``[8732, 4]`` centre and size, relative."""
-    return _priors.SSD300_COCO.boxes()
+    return _priors.SSD300_COCO.priors()
 
 
 def random_boxes(n: int, g: torch.Generator, low: float = 0.02, high: float = 0.5) -> Tensor:

@@ -8,11 +8,16 @@ import torch
 from opinfo.compare import matching as compare
 from opinfo.inputs import coco_gts, random_boxes, ssd300_priors, synthetic_gts
 from opinfo.spec import EXACT, Case, ErrorCase, OpInfo
-from ssd_ext import ops, reference
+from ssd_ext import GroundTruth, ops, reference
 
 
 def _priors(n, g):
     return torch.cat([torch.rand(n, 2, generator=g), 0.05 + 0.6 * torch.rand(n, 2, generator=g)], 1)
+
+
+def _inputs(boxes, priors, **more):
+    """``boxes`` of each image; labels are made by :func:`_with_labels`."""
+    return {"ground_truth": GroundTruth.from_lists(boxes), "priors": priors, **more}
 
 
 def _case(name, counts, num_priors, more=None, **kwargs):
@@ -20,7 +25,7 @@ def _case(name, counts, num_priors, more=None, **kwargs):
 
     def make(g):
         boxes = [random_boxes(n, g, 0.05, 0.6) for n in counts]
-        return {"gt_boxes": boxes, "priors": _priors(num_priors, g), **(more or {})}
+        return _inputs(boxes, _priors(num_priors, g), **(more or {}))
 
     return Case(name, make, **kwargs)
 
@@ -32,12 +37,12 @@ def _hostile(g):
     boxes[5, 2] = boxes[5, 0]  # no width
     boxes[6] = boxes[6, [2, 1, 0, 3]]  # inverted
     boxes[7] = boxes[7, [2, 3, 0, 1]]  # inverted twice: a positive product of sides
-    return {"gt_boxes": [boxes, boxes[2:8], boxes[8:]], "priors": _priors(50, g)}
+    return _inputs([boxes, boxes[2:8], boxes[8:]], _priors(50, g))
 
 
 def _copies(count, num_priors, g):
     """Equal ground truths: all but one lose the prior that they want, again and again."""
-    return {"gt_boxes": [random_boxes(1, g, 0.2, 0.6).repeat(count, 1)], "priors": _priors(num_priors, g)}
+    return _inputs([random_boxes(1, g, 0.2, 0.6).repeat(count, 1)], _priors(num_priors, g))
 
 
 def _bad_priors(g):
@@ -47,50 +52,51 @@ def _bad_priors(g):
     for at, value in zip((0, 63, 64, 100, 599), bad, strict=True):
         priors[at, at % 4] = value
     priors[128:192] = math.nan
-    return {"gt_boxes": [random_boxes(6, g, 0.1, 0.6), random_boxes(3, g, 0.1, 0.6)], "priors": priors}
+    return _inputs([random_boxes(6, g, 0.1, 0.6), random_boxes(3, g, 0.1, 0.6)], priors)
 
 
 def _one_best_prior(g):
     """Two ground truths with one best prior; the second is closer to it."""
     priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1]])
-    return {"gt_boxes": [torch.tensor([[0.3, 0.3, 0.6, 0.6], [0.3, 0.3, 0.7, 0.7]])], "priors": priors}
+    return _inputs([torch.tensor([[0.3, 0.3, 0.6, 0.6], [0.3, 0.3, 0.7, 0.7]])], priors)
 
 
 def _exactly_at_threshold(g):
     """IoU exactly 1/2 and exactly 1/4, in numbers that every dtype holds."""
     priors = torch.tensor([[1.0, 1.0, 2.0, 2.0], [6.0, 1.0, 4.0, 2.0], [20.0, 20.0, 2.0, 2.0]])
     boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [4.0, 0.0, 5.0, 2.0]])
-    return {"gt_boxes": [boxes], "priors": priors, "low_threshold": 0.25, "force": "none"}
+    return _inputs([boxes], priors, low_threshold=0.25, force="none")
 
 
 def _in_pixels(g):
     """Negative coordinates and priors over the edge, in pixels."""
-    return {
-        "gt_boxes": [random_boxes(5, g, 0.3, 0.8) * 300 - 100, random_boxes(2, g) * 300 - 400],
-        "priors": _priors(64, g) * 300 - 100,
-    }
+    boxes = [random_boxes(5, g, 0.3, 0.8) * 300 - 100, random_boxes(2, g) * 300 - 400]
+    return _inputs(boxes, _priors(64, g) * 300 - 100)
 
 
 def _at_zero_threshold(g):
-    return {"gt_boxes": [random_boxes(3, g), torch.empty(0, 4)], "priors": _priors(20, g), "iou_threshold": 0.0}
+    return _inputs([random_boxes(3, g), torch.empty(0, 4)], _priors(20, g), iou_threshold=0.0)
 
 
 def _meeting_none(g):
     """At threshold 0, priors that meet none of many ground truths belong to the first."""
     boxes = random_boxes(70, g, high=0.1) + 2
-    return {"gt_boxes": [boxes], "priors": _priors(20, g), "iou_threshold": 0.0, "force": "none"}
+    return _inputs([boxes], _priors(20, g), iou_threshold=0.0, force="none")
 
 
-def _ragged_pair(g):
-    counts = torch.tensor([3, 0, 5, 1])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return {"gt_boxes": (random_boxes(9, g), offsets), "priors": _priors(70, g)}
+def _padding(g):
+    """Rows that belong to no image, with bad boxes among them."""
+    inputs = _inputs([random_boxes(n, g) for n in (3, 0, 5, 1)], _priors(70, g))
+    boxes, labels, offsets = inputs["ground_truth"]
+    padding = torch.cat([random_boxes(3, g), torch.full((1, 4), math.nan)])
+    labels = torch.cat([labels, torch.tensor([7, -5, 0, 2**40])])
+    return {**inputs, "ground_truth": GroundTruth(torch.cat([boxes, padding]), labels, offsets)}
 
 
 def _ssd300(batch, kind, **more):
     def make(g):
         boxes, labels = coco_gts(batch) if kind == "coco" else synthetic_gts(batch, g)
-        return {"gt_boxes": boxes, "gt_labels": labels, "priors": ssd300_priors(), **more}
+        return {"ground_truth": GroundTruth.from_lists(boxes, labels), "priors": ssd300_priors(), **more}
 
     return make
 
@@ -99,7 +105,7 @@ def _crowded(batch, count):
     def make(g):
         boxes = [random_boxes(count, g) for _ in range(batch)]
         labels = [torch.randint(1, 81, (count,), generator=g) for _ in range(batch)]
-        return {"gt_boxes": boxes, "gt_labels": labels, "priors": ssd300_priors()}
+        return {"ground_truth": GroundTruth.from_lists(boxes, labels), "priors": ssd300_priors()}
 
     return make
 
@@ -119,7 +125,7 @@ _SMALL = [
     _case("P=0", (2, 1), 0),
     _case("a row of blocks", (12, 3), 1000),
     _case("one large image", (30,), 5000),
-    Case("(boxes, offsets)", _ragged_pair),
+    Case("padding", _padding),
     Case("hostile ground truth", _hostile),
     Case("equal ground truths, more than priors", lambda g: _copies(40, 30, g)),
     Case("equal ground truths, many priors", lambda g: _copies(12, 1100, g)),
@@ -136,12 +142,9 @@ _SMALL = [
 def _with_labels(case):
     def make(g):
         inputs = case.make(g)
-        boxes = inputs["gt_boxes"]
-        if isinstance(boxes, tuple):
-            labels = torch.randint(1, 21, (len(boxes[0]),), generator=g)
-        else:
-            labels = [torch.randint(1, 21, (len(b),), generator=g) for b in boxes]
-        return {**inputs, "gt_labels": labels}
+        given = inputs["ground_truth"]
+        labels = torch.randint(1, 21, given.labels.shape, generator=g)
+        return {**inputs, "ground_truth": given._replace(labels=labels)}
 
     return dataclasses.replace(case, make=make)
 
@@ -149,7 +152,8 @@ def _with_labels(case):
 def _best_ious(inputs):
     """Of each prior of each image."""
     corners = reference.matching._corners(inputs["priors"])
-    return torch.cat([reference.box_iou(boxes, corners).max(0).values for boxes in inputs["gt_boxes"] if len(boxes)])
+    images = [target["boxes"] for target in inputs["ground_truth"].to_targets()]
+    return torch.cat([reference.box_iou(boxes, corners).max(0).values for boxes in images if len(boxes)])
 
 
 def _low_ious(inputs):
@@ -161,42 +165,47 @@ def _low_ious(inputs):
 _THRESHOLDS = {"iou_threshold": _best_ious, "low_threshold": _low_ious}
 
 
-def _call(**changes):
-    base = {
-        "gt_boxes": [torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.2, 0.2, 0.6, 0.7]])],
-        "priors": torch.tensor([[0.5, 0.5, 0.4, 0.4]]),
-    }
-    return lambda: {**base, **changes}
-
-
 _ONE = torch.tensor([[0.1, 0.1, 0.5, 0.5]])
+
+
+def _call(boxes=None, labels=None, offsets=None, **changes):
+    """Two images of one object each; parts of the ground truth, or other arguments, are replaced."""
+    given = GroundTruth.from_lists([_ONE, torch.tensor([[0.2, 0.2, 0.6, 0.7]])])
+    parts = {"boxes": boxes, "labels": labels, "offsets": offsets}
+    given = given._replace(**{name: value for name, value in parts.items() if value is not None})
+    return lambda: {"ground_truth": given, "priors": torch.tensor([[0.5, 0.5, 0.4, 0.4]]), **changes}
+
+
+_TWO = torch.cat([_ONE, _ONE])
 _ERRORS = [
-    ErrorCase("one tensor", _call(gt_boxes=_ONE), r"list of \[G, 4\] tensors .* got one tensor \[1, 4\]"),
-    ErrorCase("a box without a row", _call(gt_boxes=[_ONE, _ONE[0]]), r"gt_boxes\[1\] must be \[G, 4\], got \[4\]"),
+    ErrorCase("one tensor", _call(ground_truth=_ONE), r"a GroundTruth or a list of dicts .* got a Tensor"),
+    ErrorCase("a list of tensors", _call(ground_truth=[_ONE]), r"GroundTruth.from_lists.* got a list of tensors"),
+    ErrorCase("no labels", _call(ground_truth=[{"boxes": _ONE}]), r"targets\[0\] .* boxes and labels, got \['boxes'\]"),
+    ErrorCase("boxes", _call(boxes=torch.rand(2, 5)), r"ground_truth.boxes must be \[G, 4\], got \[2, 5\]"),
     ErrorCase("priors", _call(priors=torch.rand(4)), r"priors must be \[P, 4\], got \[4\]"),
-    ErrorCase("dtypes mixed", _call(priors=torch.rand(3, 4).double()), r"dtype of gt_boxes, float32, got float64"),
-    ErrorCase("integers", _call(gt_boxes=[_ONE.long()]), r"gt_boxes must be float32.*got int64"),
+    ErrorCase("dtypes mixed", _call(priors=torch.rand(3, 4).double()), r"of ground_truth.boxes, float32, got float64"),
+    ErrorCase("integers", _call(boxes=_TWO.long()), r"ground_truth.boxes must be float32.*got int64"),
     ErrorCase("threshold", _call(iou_threshold=1.5), r"iou_threshold must be in \[0, 1\], got 1.5"),
     ErrorCase("threshold NaN", _call(iou_threshold=math.nan), r"iou_threshold must be in \[0, 1\], got -?nan"),
     ErrorCase("low threshold", _call(low_threshold=0.6), r"at most iou_threshold \(0.5\), got 0.6"),
     ErrorCase("force", _call(force="all"), r"force must be one of 'none', 'last', 'bipartite', got 'all'"),
-    ErrorCase("offsets fall", _call(gt_boxes=(_ONE, torch.tensor([0, 1, 0]))), r"offsets\[1\] = 1, offsets\[2\] = 0"),
-    ErrorCase("offsets run over", _call(gt_boxes=(_ONE, torch.tensor([0, 9]))), r"gt_boxes, 1, got 0 to 9"),
-    ErrorCase("offsets from -1", _call(gt_boxes=(_ONE, torch.tensor([-1, 1]))), r"gt_boxes, 1, got -1 to 1"),
-    ErrorCase("no offsets", _call(gt_boxes=(_ONE, torch.empty(0, dtype=torch.int64))), r"offsets .* got \[0\]"),
-    ErrorCase("int32 offsets", _call(gt_boxes=(_ONE, torch.tensor([0, 1]).int())), r"int64, got int32"),
+    ErrorCase("offsets fall", _call(offsets=torch.tensor([0, 1, 0])), r"offsets\[1\] = 1, offsets\[2\] = 0"),
+    ErrorCase("offsets run over", _call(offsets=torch.tensor([0, 9])), r"number of boxes, 2, got 0 to 9"),
+    ErrorCase("offsets from -1", _call(offsets=torch.tensor([-1, 1])), r"begin with 0 .* got -1 to 1"),
+    ErrorCase("no offsets", _call(offsets=torch.empty(0, dtype=torch.int64)), r"offsets .* got \[0\]"),
+    ErrorCase("int32 offsets", _call(offsets=torch.tensor([0, 1]).int()), r"int64, got int32"),
 ]
 _INVALID = [
     ErrorCase(
         f"validate: {name}",
-        _call(gt_boxes=[_ONE, torch.cat([_ONE, torch.tensor([box])])], validate=True),
+        lambda box=box: _call(ground_truth=GroundTruth.from_lists([_ONE, torch.cat([_ONE, box])]), validate=True)(),
         rf"got \[{numbers}.*\(image 1, box 1\)",
     )
     for name, box, numbers in [
-        ("NaN", [math.nan, 0.0, 1.0, 1.0], "nan, 0"),
-        ("Inf", [0.0, 0.0, math.inf, 1.0], "0.0, 0.0, inf"),
-        ("no area", [0.5, 0.0, 0.5, 1.0], "0.5, 0.0, 0.5"),
-        ("inverted", [0.5, 0.0, 0.25, 1.0], "0.5, 0.0, 0.25"),
+        ("NaN", torch.tensor([[math.nan, 0.0, 1.0, 1.0]]), "nan, 0"),
+        ("Inf", torch.tensor([[0.0, 0.0, math.inf, 1.0]]), "0.0, 0.0, inf"),
+        ("no area", torch.tensor([[0.5, 0.0, 0.5, 1.0]]), "0.5, 0.0, 0.5"),
+        ("inverted", torch.tensor([[0.5, 0.0, 0.25, 1.0]]), "0.5, 0.0, 0.25"),
     ]
 ]
 
@@ -207,10 +216,10 @@ MATCH = OpInfo(
     schema="match",
     cases=[
         *_SMALL,
-        Case("SSD300 COCO B=8", lambda g: _drop_labels(_ssd300(8, "coco")(g)), benchmark=True, dtypes=EXACT),
+        Case("SSD300 COCO B=8", _ssd300(8, "coco"), benchmark=True, dtypes=EXACT),
         Case(
             "SSD300 COCO B=32, last",
-            lambda g: _drop_labels(_ssd300(32, "coco", force="last")(g)),
+            _ssd300(32, "coco", force="last"),
             benchmark=True,
             dtypes=EXACT,
         ),
@@ -218,30 +227,8 @@ MATCH = OpInfo(
     errors=[*_ERRORS, *_INVALID],
     agrees=compare.matches_agree,
     thresholds=_THRESHOLDS,
-    full_size=lambda g: _drop_labels(_ssd300(2, "coco")(g)),
+    full_size=_ssd300(2, "coco"),
 )
-
-
-def _drop_labels(inputs):
-    return {k: v for k, v in inputs.items() if k != "gt_labels"}
-
-
-def _labelled(error):
-    def make():
-        inputs = error.make()
-        boxes = inputs["gt_boxes"]
-        if isinstance(boxes, list):
-            labels = [torch.ones(len(b), dtype=torch.int64) for b in boxes]
-        else:
-            labels = torch.ones(len(boxes[0]), dtype=torch.int64)
-        return {**inputs, "gt_labels": labels}
-
-    return ErrorCase(error.name, make, error.match, error.error)
-
-
-def _label_call(**changes):
-    ones = torch.ones(1, dtype=torch.int64)
-    return _call(**{"gt_labels": [ones, ones], **changes})
 
 
 ASSIGN_TARGETS = OpInfo(
@@ -265,21 +252,23 @@ ASSIGN_TARGETS = OpInfo(
         Case("SSD300 60 gts B=32", _crowded(32, 60), benchmark=True, dtypes=EXACT),
     ],
     errors=[
-        *map(_labelled, [e for e in _ERRORS if e.name not in ("one tensor", "a box without a row")]),
-        ErrorCase("labels missing", _label_call(gt_labels=[torch.ones(1).long()]), r"\[1, 1\] entries .* got \[1\]"),
-        ErrorCase("one label tensor", _label_call(gt_labels=torch.ones(2).long()), r"list like gt_boxes.* \[2\]"),
-        ErrorCase("float labels", _label_call(gt_labels=[torch.ones(1)] * 2), r"gt_labels must be int64, got float32"),
+        *_ERRORS,
+        ErrorCase("labels missing", _call(labels=torch.ones(1).long()), r"ground_truth.labels must be .* got \[1\]"),
+        ErrorCase("float labels", _call(labels=torch.ones(2)), r"ground_truth.labels must be int64, got float32"),
         ErrorCase(
             "validate: label 0",
-            _label_call(gt_labels=[torch.ones(1).long(), torch.zeros(1).long()], validate=True),
-            r"1 or more \(0 is background\), got 0 \(image 1, box 0\)",
+            _call(labels=torch.tensor([1, 0]), validate=True),
+            r"1 or more \(0 is background, -1 a region to ignore\), got 0 \(image 1, box 0\)",
         ),
         ErrorCase(
             "validate: label too large",
-            _label_call(gt_labels=[torch.ones(1).long(), torch.tensor([21])], validate=True, num_classes=21),
-            r"in 1\.\.20 \(0 is background\), got 21 \(image 1, box 0\)",
+            _call(labels=torch.tensor([1, 21]), validate=True, num_classes=21),
+            r"in 1\.\.20 \(0 is background, -1 a region to ignore\), got 21 \(image 1, box 0\)",
         ),
-        ErrorCase("variance", _label_call(variances=(0.1, -0.2)), r"positive and finite, got \(0.1, -0.2\)"),
+        ErrorCase(
+            "validate: label -2", _call(labels=torch.tensor([-2, 1]), validate=True), r"got -2 \(image 0, box 0\)"
+        ),
+        ErrorCase("variance", _call(variances=(0.1, -0.2)), r"positive and finite, got \(0.1, -0.2\)"),
     ],
     agrees=compare.targets_agree,
     thresholds=_THRESHOLDS,

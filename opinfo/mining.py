@@ -27,7 +27,7 @@ def _detector_loss(labels, g):
 
 def _images(batch, n, g, **kwargs):
     labels = _labels(batch, n, g, **kwargs)
-    return {"loss": _detector_loss(labels, g), "labels": labels}
+    return {"loss": _detector_loss(labels, g), "target_labels": labels}
 
 
 def _random(name, batch, n, positives=0.1, ignored=0.05, benchmark=False, quick=False, **arguments):
@@ -73,13 +73,13 @@ def _strided(g):
 
 def _expanded(g):
     one = _images(1, 37, g, positives=0.1)
-    return {"loss": one["loss"].expand(4, 37), "labels": torch.tensor([0, 1, 0, 2]).view(4, 1).expand(4, 37)}
+    return {"loss": one["loss"].expand(4, 37), "target_labels": torch.tensor([0, 1, 0, 2]).view(4, 1).expand(4, 37)}
 
 
 def _call(loss=None, labels=None, **arguments):
     loss = torch.rand(2, 5) if loss is None else loss
     labels = torch.zeros(2, 5, dtype=torch.int64) if labels is None else labels
-    return lambda: {"loss": loss, "labels": labels, **arguments}
+    return lambda: {"loss": loss, "target_labels": labels, **arguments}
 
 
 HARD_NEGATIVES = OpInfo(
@@ -101,9 +101,9 @@ HARD_NEGATIVES = OpInfo(
         _random("all positive", 3, 50, positives=1.0, min_negatives=4),
         _random("all ignored", 3, 50, positives=0.0, ignored=1.0, min_negatives=4),
         _random("half ignored", 3, 50, ignored=0.5),
-        _random("ratio 0", 3, 50, ratio=0.0),
-        _random("ratio 0.5", 3, 50, ratio=0.5),
-        _random("ratio beyond integers", 3, 50, ratio=1e300),
+        _random("ratio 0", 3, 50, neg_to_pos_ratio=0.0),
+        _random("ratio 0.5", 3, 50, neg_to_pos_ratio=0.5),
+        _random("ratio beyond integers", 3, 50, neg_to_pos_ratio=1e300),
         _random("more wanted than there are", 3, 50, min_negatives=2**62),
         _random("all but one", 3, 50, positives=0.0, ignored=0.0, min_negatives=49),
         _random("half wanted", 2, 3000, min_negatives=1500),
@@ -124,12 +124,22 @@ HARD_NEGATIVES = OpInfo(
     errors=[
         ErrorCase("one image", _call(torch.rand(5)), r"loss must be \[B, P\], got \[5\]"),
         ErrorCase("a class too many", _call(torch.rand(2, 5, 3)), r"loss must be \[B, P\], got \[2, 5, 3\]"),
-        ErrorCase("P differs", _call(torch.rand(2, 6)), r"labels must be of the shape of loss, \[2, 6\], got \[2, 5\]"),
-        ErrorCase("labels int32", _call(labels=torch.zeros(2, 5).int()), r"labels must be int64, got int32"),
+        ErrorCase(
+            "P differs", _call(torch.rand(2, 6)), r"target_labels must be of the shape of loss, \[2, 6\], got \[2, 5\]"
+        ),
+        ErrorCase("labels int32", _call(labels=torch.zeros(2, 5).int()), r"target_labels must be int64, got int32"),
         ErrorCase("integer loss", _call(torch.zeros(2, 5).long()), r"loss must be float32.*got int64"),
-        ErrorCase("negative ratio", _call(ratio=-0.5), r"ratio must be a finite number >= 0, got -0.5"),
-        ErrorCase("NaN ratio", _call(ratio=math.nan), r"ratio must be a finite number >= 0, got nan"),
-        ErrorCase("infinite ratio", _call(ratio=math.inf), r"ratio must be a finite number >= 0, got inf"),
+        ErrorCase(
+            "negative ratio", _call(neg_to_pos_ratio=-0.5), r"neg_to_pos_ratio must be a finite number >= 0, got -0.5"
+        ),
+        ErrorCase(
+            "NaN ratio", _call(neg_to_pos_ratio=math.nan), r"neg_to_pos_ratio must be a finite number >= 0, got nan"
+        ),
+        ErrorCase(
+            "infinite ratio",
+            _call(neg_to_pos_ratio=math.inf),
+            r"neg_to_pos_ratio must be a finite number >= 0, got inf",
+        ),
         ErrorCase("negative count", _call(min_negatives=-1), r"min_negatives must be >= 0, got -1"),
     ],
     scaling=lambda batch: _ssd300(batch)(torch.Generator().manual_seed(batch)),

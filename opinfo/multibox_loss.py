@@ -19,7 +19,7 @@ def _images(batch, n, classes, g, positives=0.02, ignored=0.0, background=3.0):
     logits.scatter_add_(2, labels.clamp(min=0)[..., None], torch.full((batch, n, 1), 2.0))
     targets = torch.where(labels[..., None] > 0, torch.randn(batch, n, 4, generator=g), 0)
     deltas = targets + torch.randn(batch, n, 4, generator=g) * 0.8
-    return {"deltas": deltas, "logits": logits, "target_deltas": targets, "labels": labels}
+    return {"deltas": deltas, "logits": logits, "target_deltas": targets, "target_labels": labels}
 
 
 def _random(name, batch, n, classes, positives=0.1, ignored=0.05, peers=True, **arguments):
@@ -39,24 +39,24 @@ def _changed(name, change, smooth=False, peers=False, dtypes=None, **arguments):
     return Case(name, make, peers=peers, smooth=smooth, **({"dtypes": dtypes} if dtypes else {}))
 
 
-def _nan_rows(logits, labels, **_):
+def _nan_rows(logits, target_labels, **_):
     logits[0, 7] = math.nan
-    labels[0, 7] = 0
+    target_labels[0, 7] = 0
     logits[1, 11] = math.nan
-    labels[1, 11] = -1  # not seen
+    target_labels[1, 11] = -1  # not seen
     logits[2, 13, 20] = -math.nan
-    labels[2, 13] = 5
+    target_labels[2, 13] = 5
 
 
-def _nan_unmined(logits, labels, **_):
-    labels[0] = 0
+def _nan_unmined(logits, target_labels, **_):
+    target_labels[0] = 0
     logits[0, 7] = math.nan
 
 
 def _infinite(value, column, label):
-    def change(logits, labels, **_):
+    def change(logits, target_labels, **_):
         logits[1, 17, column] = value
-        labels[1, 17] = label
+        target_labels[1, 17] = label
 
     return change
 
@@ -67,49 +67,49 @@ def _only_background(g):
     return {**inputs, "min_negatives": 9}
 
 
-def _masked_classes(logits, labels, **_):
+def _masked_classes(logits, target_labels, **_):
     logits[:, :, 3:6] = -math.inf
-    labels[(labels >= 3) & (labels < 6)] = 7
+    target_labels[(target_labels >= 3) & (target_labels < 6)] = 7
 
 
 def _confident(logits, **_):
     logits *= 40
 
 
-def _far(logits, labels, **_):
+def _far(logits, target_labels, **_):
     logits[:, ::3, 0] = 5000.0
     logits[:, 1::7] += 6000.0
     logits[:, 2::5] -= 6000.0
-    labels[:, ::3] = 0
+    target_labels[:, ::3] = 0
 
 
 def _spread(logits, **_):
     logits *= 300
 
 
-def _bounds_of_exp(logits, labels, **_):
+def _bounds_of_exp(logits, target_labels, **_):
     """Rows with an exponent just within or beyond what exp_near takes."""
     exponents = torch.tensor([85.5, -85.5, 86, -86, 86.5, -86.5, 104.5, -104.5, 0])
     logits[:, :, 0] = 0
     logits[:, :, 5] = exponents.repeat(10)
-    labels[labels == 5] = 6
+    target_labels[target_labels == 5] = 6
 
 
 def _ties(logits, **_):
     logits.copy_((logits * 2).round() / 2)
 
 
-def _broken_deltas(deltas, target_deltas, labels, **_):
-    labels[:, ::9] = 1
+def _broken_deltas(deltas, target_deltas, target_labels, **_):
+    target_labels[:, ::9] = 1
     deltas[0, 0], deltas[0, 9] = 500.0, -500.0
     deltas[1, 1] = math.nan
-    labels[1, 1] = 0  # not seen
+    target_labels[1, 1] = 0  # not seen
     target_deltas[2, 1] = math.inf
-    labels[2, 1] = -1
+    target_labels[2, 1] = -1
 
 
-def _nan_delta(deltas, labels, **_):
-    labels[0, 3] = 2
+def _nan_delta(deltas, target_labels, **_):
+    target_labels[0, 3] = 2
     deltas[0, 3, 1] = math.nan
 
 
@@ -122,7 +122,7 @@ def _class_major(g):
 
 def _sliced(g):
     inputs = _images(6, 64, 30, g, positives=0.1)
-    inputs["labels"].clamp_(max=13)
+    inputs["target_labels"].clamp_(max=13)
     inputs = {k: v[::2, 1::3] for k, v in inputs.items()}
     return {**inputs, "logits": inputs["logits"][..., 2:16]}
 
@@ -145,7 +145,7 @@ def _call(**changed):
             "deltas": torch.rand(2, 5, 4),
             "logits": torch.rand(2, 5, 3),
             "target_deltas": torch.rand(2, 5, 4),
-            "labels": torch.zeros(2, 5, dtype=torch.int64),
+            "target_labels": torch.zeros(2, 5, dtype=torch.int64),
         }
         return {**inputs, **changed}
 
@@ -182,8 +182,8 @@ MULTIBOX_LOSS = OpInfo(
         _random("all ignored", 3, 50, 7, positives=0.0, ignored=1.0, min_negatives=4),
         _random("an image each", 5, 60, 7, normalize="image"),
         _random("an image each, some without positives", 9, 20, 7, positives=0.03, normalize="image"),
-        _random("ratio 0", 3, 50, 7, ratio=0.0),
-        _random("ratio beyond integers", 3, 50, 7, ratio=1e300),
+        _random("ratio 0", 3, 50, 7, neg_to_pos_ratio=0.0),
+        _random("ratio beyond integers", 3, 50, 7, neg_to_pos_ratio=1e300),
         _random("alpha and beta", 3, 50, 7, alpha=0.3, beta=0.2),
         Case("L1", lambda g: {**_images(3, 50, 7, g, 0.1), "beta": 0.0}, peers=False),
         _changed("all logits equal", lambda logits, **_: logits.fill_(0.25)),
@@ -221,16 +221,28 @@ MULTIBOX_LOSS = OpInfo(
     errors=[
         ErrorCase("one image", _call(logits=torch.rand(5, 3)), r"logits must be \[B, P, C\], got \[5, 3\]"),
         ErrorCase("no class", _call(logits=torch.rand(2, 5, 0)), r"at least the background class, got \[2, 5, 0\]"),
-        ErrorCase("labels of another P", _call(labels=_label(0)[:, :4]), r"labels must be .* \[2, 5\], got \[2, 4\]"),
-        ErrorCase("labels int32", _call(labels=_label(0).int()), r"labels must be int64, got int32"),
+        ErrorCase(
+            "labels of another P",
+            _call(target_labels=_label(0)[:, :4]),
+            r"target_labels must be .* \[2, 5\], got \[2, 4\]",
+        ),
+        ErrorCase("labels int32", _call(target_labels=_label(0).int()), r"target_labels must be int64, got int32"),
         ErrorCase("not boxes", _call(deltas=torch.rand(2, 5, 3)), r"deltas must be .* \[2, 5, 4\], got \[2, 5, 3\]"),
         ErrorCase("targets of another P", _call(target_deltas=torch.rand(2, 6, 4)), r"target_deltas.*got \[2, 6, 4\]"),
         ErrorCase("integer logits", _call(logits=torch.zeros(2, 5, 3).long()), r"logits must be float32.*got int64"),
         ErrorCase("integer deltas", _call(deltas=torch.zeros(2, 5, 4).long()), r"deltas must be float32.*got int64"),
-        ErrorCase("label C", _call(labels=_label(3)), r"below C = 3, got labels\[1, 3\] = 3"),
-        ErrorCase("a huge label", _call(labels=_label(2**40)), r"below C = 3, got labels\[1, 3\] = 1099511627776"),
-        ErrorCase("negative ratio", _call(ratio=-0.5), r"ratio must be a finite number >= 0, got -0.5"),
-        ErrorCase("NaN ratio", _call(ratio=math.nan), r"ratio must be a finite number >= 0, got nan"),
+        ErrorCase("label C", _call(target_labels=_label(3)), r"below C = 3, got target_labels\[1, 3\] = 3"),
+        ErrorCase(
+            "a huge label",
+            _call(target_labels=_label(2**40)),
+            r"below C = 3, got target_labels\[1, 3\] = 1099511627776",
+        ),
+        ErrorCase(
+            "negative ratio", _call(neg_to_pos_ratio=-0.5), r"neg_to_pos_ratio must be a finite number >= 0, got -0.5"
+        ),
+        ErrorCase(
+            "NaN ratio", _call(neg_to_pos_ratio=math.nan), r"neg_to_pos_ratio must be a finite number >= 0, got nan"
+        ),
         ErrorCase("negative count", _call(min_negatives=-1), r"min_negatives must be >= 0, got -1"),
         ErrorCase("infinite alpha", _call(alpha=math.inf), r"alpha must be finite, got inf"),
         ErrorCase("negative beta", _call(beta=-1.0), r"beta must be a finite number >= 0, got -1"),

@@ -1,4 +1,4 @@
-"""nms, batched_nms, nms_padded."""
+"""nms, batched_nms, and both with outputs of fixed size."""
 
 import dataclasses
 import math
@@ -119,6 +119,12 @@ def _in_classes(case, classes):
     return dataclasses.replace(case, name=f"{case.name}, {classes} classes", make=make)
 
 
+def _narrow_ids(g):
+    """As torchvision's datasets have them."""
+    inputs = _in_classes(_candidates(100), 5).make(g)
+    return {**inputs, "idxs": inputs["idxs"].int()}
+
+
 def _far_ids(g):
     """Ids beyond what a float holds, and below 0."""
     inputs = _candidates(200).make(g)
@@ -154,8 +160,8 @@ def _with_ids(error):
 
 _ID_ERRORS = [
     ErrorCase("idxs", _call(idxs=torch.zeros(4).long()), r"idxs must be \[N\], one for each of boxes, got \[4\]"),
-    ErrorCase("float idxs", _call(idxs=torch.zeros(3)), r"idxs must be int64, got float32"),
-    ErrorCase("int32 idxs", _call(idxs=torch.zeros(3).int()), r"idxs must be int64, got int32"),
+    ErrorCase("float idxs", _call(idxs=torch.zeros(3)), r"idxs must be \[N\] integers, got torch.float32"),
+    ErrorCase("no idxs", _call(idxs=None), r"idxs must be \[N\] integers, got None"),
 ]
 
 NMS = OpInfo(
@@ -188,6 +194,7 @@ BATCHED_NMS = OpInfo(
     cases=[
         *(_in_classes(case, 3) for case in _SMALL),
         Case("far ids", _far_ids, peers=False),
+        Case("int32 ids", _narrow_ids),
         _in_classes(_candidates(4200, dtypes=EXACT), 40),  # enough to be grouped by class on the GPU
         _large("random N=1000, 80 classes", _in_classes(_random(1000), 80), quick=True),
         _large("random N=20000, 80 classes", _in_classes(_random(20000), 80)),
@@ -208,15 +215,29 @@ NMS_PADDED = OpInfo(
     schema="nms_padded",
     cases=[
         *_SMALL,
-        *(_in_classes(case, 3) for case in _SMALL[:6]),
-        Case("far ids", _far_ids, peers=False),
         _large("random N=1000", _random(1000), quick=True),
-        _large("random N=20000, 80 classes", _in_classes(_random(20000), 80)),
     ],
-    errors=[*_ERRORS, *_ID_ERRORS],
+    errors=_ERRORS,
     agrees=compare.padded_agrees,
     thresholds={"iou_threshold": _ious},
     full_size=_candidates(8732).make,
 )
 
-OPS = [NMS, BATCHED_NMS, NMS_PADDED]
+BATCHED_NMS_PADDED = OpInfo(
+    name="batched_nms_padded",
+    op=ops.batched_nms_padded,
+    reference=reference.batched_nms_padded,
+    schema="nms_padded",
+    cases=[
+        *(_in_classes(case, 3) for case in _SMALL[:6]),
+        Case("far ids", _far_ids, peers=False),
+        Case("int32 ids", _narrow_ids),
+        _large("random N=20000, 80 classes", _in_classes(_random(20000), 80)),
+    ],
+    errors=[*map(_with_ids, _ERRORS), *_ID_ERRORS],
+    agrees=compare.padded_agrees,
+    thresholds={"iou_threshold": _ious},
+    full_size=_in_classes(_candidates(8732), 2).make,
+)
+
+OPS = [NMS, BATCHED_NMS, NMS_PADDED, BATCHED_NMS_PADDED]

@@ -167,7 +167,8 @@ def map_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {k: map_tensors(v, f) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map_tensors(v, f) for v in value)
+        mapped = [map_tensors(v, f) for v in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)  # a NamedTuple
     return value
 
 

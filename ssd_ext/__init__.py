@@ -1,9 +1,8 @@
 """Fast, exact CPU and CUDA ops for SSD and other object detectors in PyTorch.
 
-``ssd_ext.ops`` holds the ops, ``ssd_ext.reference`` the same in plain PyTorch, ``ssd_ext.priors``
-the default boxes; ``ssd_ext.MultiBoxLoss`` is the training loss from raw ground truth, ``ssd_ext.unpad`` makes
-a list of padded detections.
-``python -m ssd_ext.env`` prints how this installation was built.
+``ssd_ext.ops`` holds the ops, ``ssd_ext.reference`` the same in plain PyTorch, ``ssd_ext.priors`` the default boxes;
+``ssd_ext.GroundTruth`` is the ground truth of a batch as the ops take it, ``ssd_ext.MultiBoxLoss`` the training loss.
+The command ``ssd_ext`` (``python -m ssd_ext``) trains, evaluates, runs and exports detectors.
 """
 
 from importlib import metadata as _metadata
@@ -23,14 +22,14 @@ except ImportError as _error:
 _C.simd_level()  # a wrong SSD_EXT_SIMD is told here, not inside the first op
 
 from ssd_ext import ops, priors, reference  # noqa: E402
+from ssd_ext.ground_truth import GroundTruth  # noqa: E402
 from ssd_ext.loss import MultiBoxLoss  # noqa: E402
-from ssd_ext.ops.detect import unpad  # noqa: E402
 
 try:
     __version__ = _metadata.version("ssd_ext")
 except _metadata.PackageNotFoundError:
     __version__ = "unknown"  # a tree in which CMake has built, not installed
-__all__ = ["MultiBoxLoss", "__version__", "ops", "priors", "reference", "release_memory", "unpad"]
+__all__ = ["GroundTruth", "MultiBoxLoss", "__version__", "ops", "priors", "reference", "release_memory"]
 
 
 def release_memory() -> int:

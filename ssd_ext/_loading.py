@@ -1,4 +1,4 @@
-"""Why the extension could not be imported. Apart from ``env``, which ``python -m`` must import afresh."""
+"""Why the extension could not be imported."""
 
 import importlib.machinery
 import platform

@@ -45,6 +45,8 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         ImportError: a ``.safetensors`` file without that package.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path, map_location)

@@ -1,10 +1,12 @@
-"""SSD as one graph from images to detections, to be compiled, exported or captured, and as standard ONNX operators.
+"""SSD as one graph from images to detections, in files that other programs run.
 
 >>> from ssd_ext import export
->>> program = export.program(model)  # for torch.export.save, AOTInductor, or export.onnx
->>> export.onnx(model, "detector.onnx")
+>>> export.onnx(model, "detector.onnx", classes=classes)  # standard ONNX operators
+>>> export.save(model, "detector.pt2", classes=classes)  # torch.export
+>>> export.aot_inductor(model, "compiled.pt2", classes=classes)  # compiled for this machine
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,50 +21,28 @@ from ssd_ext.reference.boxes import decode
 if TYPE_CHECKING:
     from ssd_ext.models import SSD
 
-__all__ = ["EndToEnd", "onnx", "program"]
+__all__ = ["METADATA", "aot_inductor", "metadata", "onnx", "program", "save"]
 
 OUTPUTS = ("boxes", "scores", "labels", "counts")
+METADATA = "metadata.json"  # the extra file in what save() writes
 
 
-class EndToEnd(nn.Module):
-    """Images to padded detections in one graph: what to compile, export or capture in a CUDA graph.
-
-    Args:
-        model: set to eval mode. Exported or captured, its settings, such as ``score_threshold``, are fixed.
-    """
+class _Predict(nn.Module):
+    """:meth:`ssd_ext.models.SSD.predict` as a module: torch.export takes no method."""
 
     def __init__(self, model: "SSD") -> None:
-        """See the class for the arguments."""
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """:meth:`ssd_ext.models.SSD.transform`, heads and :meth:`~ssd_ext.models.SSD.detections`.
-
-        Args:
-            images: ``[B, 3, h, w]``, RGB in 0..1, of any size; ``B`` may be 0.
-
-        Returns:
-            ``boxes [B, K, 4]`` in pixels of ``images``, ``scores [B, K]``, ``labels [B, K]``, ``counts [B]``;
-            :func:`ssd_ext.unpad` makes a list of them.
-
-        Raises:
-            ValueError: as :meth:`ssd_ext.models.SSD.transform`.
-        """
-        batch = self.model.transform(images)
-        # Filled where they are needed: copying them from the host would not fit into a CUDA graph.
-        size = [torch.full(images.shape[:1], n, dtype=torch.float32, device=images.device) for n in images.shape[-2:]]
-        return self.model.predict(batch, torch.stack(size, 1))
-
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's is of any arguments and any result
+        return self.model.predict(images)
 
 
 def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
-    """:class:`EndToEnd` as ``torch.export`` sees it, on the model's device, for batches of any length.
+    """:meth:`ssd_ext.models.SSD.predict` as ``torch.export`` sees it, on the model's device, for batches of any length.
 
-    ``torch.export.save`` and ``torch._inductor.aoti_compile_and_package`` write it to a file. The process that loads
-    the file must ``import ssd_ext``, which registers the op inside.
+    The process that loads it from a file must ``import ssd_ext``, which registers the op inside. The model's settings,
+    such as ``score_threshold``, are fixed.
 
     Args:
         model: in eval mode.
@@ -70,11 +50,12 @@ def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.E
             ``image_size``, where none are.
 
     Returns:
-        A program of ``images [B, 3, h, w]``, RGB in 0..1, to what :class:`EndToEnd` gives.
+        A program of ``images [B, 3, h, w]``, RGB in 0..1, to ``boxes [B, K, 4]`` in their pixels, ``scores [B, K]``,
+        ``labels [B, K]`` and ``counts [B]``.
 
     Raises:
         TypeError: another model than an :class:`ssd_ext.models.SSD`.
-        ValueError: a model in training mode.
+        ValueError: a model in training mode, a size that is not positive.
     """
     from ssd_ext.models import SSD
 
@@ -82,33 +63,117 @@ def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.E
         raise TypeError(f"model must be an ssd_ext.models.SSD, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode to be exported, got one in training mode: call eval()")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be positive, got {size}")
     images = model.mean.new_zeros(2, 3, *(size or model.image_size))
     with torch.no_grad():
-        return torch.export.export(EndToEnd(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return torch.export.export(_Predict(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def metadata(model: "SSD", classes: Sequence[str] | None = None, size: tuple[int, int] | None = None) -> dict[str, str]:
+    """What an exported file says of itself: JSON texts by name.
+
+    Args:
+        model: that is exported.
+        classes: names of labels 1, 2, ...; default: ``"1"``, ``"2"`` ...
+        size: as for :func:`program`.
+
+    Returns:
+        ``classes``: the list of names. ``preprocessing``: ``{"size": [h, w], "channels": "RGB", "range": [0, 1],
+        "antialias": true}``, how to make the input of an image: resize it to ``size``, bilinear and with or without
+        antialiasing as in training, and divide bytes by 255. Normalisation is part of the graph.
+
+    Raises:
+        ValueError: another number of names than of classes.
+    """
+    names = list(classes) if classes is not None else [str(label) for label in range(1, model.num_classes)]
+    if len(names) != model.num_classes - 1:
+        raise ValueError(f"classes must be {model.num_classes - 1} names, got {len(names)}: {names}")
+    preprocessing = {
+        "size": list(size or model.image_size),
+        "channels": "RGB",
+        "range": [0, 1],
+        "antialias": model.antialias,
+    }
+    return {"classes": json.dumps(names), "preprocessing": json.dumps(preprocessing)}
+
+
+def save(
+    model: "SSD", path: str | Path, *, classes: Sequence[str] | None = None, size: tuple[int, int] | None = None
+) -> None:
+    """Write :func:`program` by ``torch.export.save``, with :func:`metadata` as an extra file.
+
+    ``torch.export.load(path, extra_files=extra)`` with ``extra = {export.METADATA: ""}`` reads both.
+
+    Args:
+        model: in eval mode.
+        path: of the file, ``.pt2``.
+        classes: as for :func:`metadata`.
+        size: as for :func:`program`.
+
+    Raises:
+        TypeError: as :func:`program`.
+        ValueError: as :func:`program` and :func:`metadata`.
+    """
+    texts = metadata(model, classes, size)
+    extra = {METADATA: json.dumps({key: json.loads(text) for key, text in texts.items()})}
+    torch.export.save(program(model, size), path, extra_files=extra)
+
+
+def aot_inductor(
+    model: "SSD", path: str | Path, *, classes: Sequence[str] | None = None, size: tuple[int, int] | None = None
+) -> None:
+    """Compile :func:`program` for this machine by AOTInductor, which needs a C++ compiler.
+
+    ``torch._inductor.aoti_load_package(path)`` gives a function of images; its ``get_metadata()`` holds
+    :func:`metadata`.
+
+    Args:
+        model: in eval mode.
+        path: of the file, ``.pt2``.
+        classes: as for :func:`metadata`.
+        size: as for :func:`program`.
+
+    Raises:
+        TypeError: as :func:`program`.
+        ValueError: as :func:`program` and :func:`metadata`; a path with another suffix.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"path must end in .pt2, got {path}")
+    torch._inductor.aoti_compile_and_package(
+        program(model, size),
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": metadata(model, classes, size)},
+    )
 
 
 def onnx(
     model: "SSD | torch.export.ExportedProgram",
     path: str | Path,
     *,
+    classes: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
     opset: int = 18,
     output_names: Sequence[str] = OUTPUTS,
 ) -> None:
     """Write a model of standard ONNX operators: ``images`` to ``boxes``, ``scores``, ``labels`` and ``counts``.
 
-    Input and outputs are those of :func:`program`, padded likewise. The batch is dynamic, the size of images fixed.
+    Input and outputs are those of :func:`program`, padded likewise. The batch is dynamic, the size of images fixed. The
+    file's metadata are those of :func:`metadata`.
 
     What a runtime finds is what :func:`ssd_ext.ops.detect` finds, in the same order, as far as it computes the same
-    floats: a score or an IoU beside its threshold, and nearly equal scores, may be decided otherwise. The specification
-    of ONNX says which of equal scores is chosen (the lowest class, then the lowest prior) and how boxes are clipped; it
-    leaves open two rules of ``NonMaxSuppression``, for which ONNX Runtime does as this package: suppressed is an IoU
-    strictly above the threshold, and of equal scores the lowest index is kept. Scores and boxes are computed in float32
-    whatever the model's type.
+    floats: a score or an IoU beside its threshold, and nearly equal scores, may come out differently. The specification
+    of ONNX says which of equal scores is chosen (the lowest class, then the lowest prior) and how boxes are clipped; of
+    ``NonMaxSuppression`` it leaves open which of equal scores is kept, and its older texts whether an IoU equal to the
+    threshold suppresses. ONNX Runtime does as this package: the lowest index is kept, and only an IoU strictly above
+    suppresses. Scores and boxes are computed in float32 whatever the model's type.
 
     Args:
-        model: in eval mode, for images of its own size; or a program, of :func:`program` for another size, or of
-            ``torch.export`` of any detector that calls :func:`ssd_ext.ops.detect` and no other op of this package.
+        model: in eval mode; or a program of ``torch.export`` of any detector that calls :func:`ssd_ext.ops.detect` and
+            no other op of this package, which is written without metadata.
         path: of the file, of which the weights are part: at most 2 GiB.
+        classes: as for :func:`metadata`.
+        size: as for :func:`program`.
         opset: 18 or newer.
         output_names: of a program's outputs, where they are others.
 
@@ -127,7 +192,7 @@ def onnx(
         ) from error
     if opset < 18:
         raise ValueError(f"opset must be 18 or newer, got {opset}")
-    exported = program(model) if isinstance(model, nn.Module) else model
+    exported = model if isinstance(model, torch.export.ExportedProgram) else program(model, size)
     exported = exported.run_decompositions({torch.ops.ssd_ext.detect.default: _detect})
     written = torch.onnx.export(
         exported,
@@ -138,6 +203,8 @@ def onnx(
         verbose=False,
     )
     assert written is not None  # None only without dynamo
+    if not isinstance(model, torch.export.ExportedProgram):
+        written.model.metadata_props.update(metadata(model, classes, size))
     written.save(path, external_data=False)
 
 
@@ -151,7 +218,7 @@ def _detect(
     max_detections: int,
     sigmoid: bool,
     variances: list[float],
-    clip: float,
+    bbox_xform_clip: float,
     class_agnostic: bool,
     window: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,7 +230,9 @@ def _detect(
     if len(priors) == 0:
         raise ValueError("ONNX takes no detector without priors")
     dtype = logits.dtype
-    boxes = decode(deltas.float(), priors.float(), (variances[0], variances[1]), clip)
+    boxes = decode(
+        deltas.float(), priors.float(), variances=(variances[0], variances[1]), bbox_xform_clip=bbox_xform_clip
+    )
     if window is not None:
         low, high = window[:2] * 2, window[2:] * 2
         boxes = torch.stack([boxes[..., i].clamp(low[i], high[i]) for i in range(4)], -1)
@@ -185,7 +254,7 @@ def _detect(
     return (
         torch.where(found[..., None], boxes, 0.0).to(dtype),
         torch.where(found, scores, 0.0).to(dtype),
-        torch.where(found, index // num_priors + (0 if sigmoid else 1), -1),
+        torch.where(found, index // num_priors + 1, -1),
         found.sum(1),
     )
 

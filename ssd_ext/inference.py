@@ -16,6 +16,7 @@ from ssd_ext.models import SSD, create, load_weights
 if TYPE_CHECKING:
     from ssd_ext.data import Dataset
 
+_RENAMED = {"priors": "prior_spec", "ratio": "neg_to_pos_ratio"}  # since 0.1.0, in checkpoints
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
@@ -64,6 +65,8 @@ def load_detector(
 def _build(architecture: dict[str, Any], path: str | Path) -> SSD:
     if architecture.get("name") is None:
         raise ValueError(f"{path} holds a detector of its own backbone: build it, and give it as model")
+    loss = {_RENAMED.get(key, key): value for key, value in architecture.get("loss", {}).items()}
+    architecture = {_RENAMED.get(key, key): value for key, value in architecture.items()} | {"loss": loss}
     try:
         return create(**architecture)
     except TypeError as error:
@@ -77,13 +80,13 @@ def as_input(image: Tensor, device: str | torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def detections(
+def detect_all(
     model: SSD, dataset: "Dataset", indices: Iterable[int] | None = None, *, batch_size: int = 8, workers: int = 0
 ) -> list[dict[str, Tensor]]:
     """What ``model`` (set to eval mode) finds in images of a data set, on the CPU, in the order of ``indices``.
 
     Returns:
-        For each image ``{"boxes" [N, 4], "scores" [N], "labels" [N]}``: corners in pixels, by falling score.
+        For each image ``{"boxes" [N, 4], "scores" [N], "labels" [N]}``: corners in pixels, by descending score.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -100,31 +103,53 @@ def _images(items: list[tuple[Tensor, Any]]) -> list[Tensor]:
     return [image for image, _ in items]
 
 
-def gathered_detections(model: SSD, dataset: "Dataset", *, workers: int = 0) -> list[dict[str, Tensor]]:
-    """:func:`detections` of the whole data set, to which every rank of ``torch.distributed`` contributes its share."""
+def detect_all_across_ranks(model: SSD, dataset: "Dataset", *, workers: int = 0) -> list[dict[str, Tensor]]:
+    """:func:`detect_all` of the whole data set, to which every rank of ``torch.distributed`` contributes its share."""
     if not distributed.is_initialized():
-        return detections(model, dataset, workers=workers)
+        return detect_all(model, dataset, workers=workers)
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    own = detections(model, dataset, range(rank, len(dataset), ranks), workers=workers)
+    own = detect_all(model, dataset, range(rank, len(dataset), ranks), workers=workers)
     shares = [own] * ranks
     distributed.all_gather_object(shares, own)
     return [shares[i % ranks][i // ranks] for i in range(len(dataset))]
 
 
-def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], threshold: float = 0.5) -> Tensor:
-    """The image, uint8 ``[3, H, W]``, with boxes whose score is above ``threshold``, the best on top."""
-    shown = (found["scores"] > threshold).nonzero()[:, 0].flip(0)
-    if len(shown) == 0:
+def above(found: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    """The detections of an image whose score is above ``threshold``."""
+    shown = found["scores"] > threshold
+    return {name: value[shown] for name, value in found.items()}
+
+
+def as_json(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The detections of an image for ``json.dump``.
+
+    Returns:
+        ``{"label": name, "score", "box": [x1, y1, x2, y2]}`` of each; a label without a name is given as a number.
+    """
+    rows = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+    return [
+        {
+            "label": classes[label - 1] if label <= len(classes) else label,
+            "score": round(score, 4),
+            "box": [round(x, 1) for x in box],
+        }
+        for label, score, box in rows
+    ]
+
+
+def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
+    """The image, uint8 ``[3, H, W]``, with the boxes of its detections, the first on top."""
+    if len(found["scores"]) == 0:
         return image
-    labels = found["labels"][shown].tolist()
-    width = max(1, round(max(image.shape[1:]) / 250))
+    boxes, labels, scores = (found[key].flip(0) for key in ("boxes", "labels", "scores"))
+    colors = [COLORS[k % len(COLORS)] for k in labels.tolist()]
     drawn: Tensor = draw_bounding_boxes(
         image,
-        found["boxes"][shown],
-        [f"{classes[k - 1]} {s:.2f}" for k, s in zip(labels, found["scores"][shown].tolist(), strict=True)],
-        colors=[COLORS[k % len(COLORS)] for k in labels],
-        width=width,
-        label_background_colors=[COLORS[k % len(COLORS)] for k in labels],
+        boxes,
+        [f"{classes[k - 1]} {s:.2f}" for k, s in zip(labels.tolist(), scores.tolist(), strict=True)],
+        colors=colors,
+        width=max(1, round(max(image.shape[1:]) / 250)),
+        label_background_colors=colors,
         fill_labels=True,
     )
     return drawn

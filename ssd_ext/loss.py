@@ -1,13 +1,12 @@
 """The training loss from raw ground truth: MultiBoxLoss."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed, nn
 
 from ssd_ext import ops
-from ssd_ext.ops.matching import Ragged
-from ssd_ext.ops.multibox_loss import check_normalize
+from ssd_ext.ground_truth import GroundTruth, Targets
+from ssd_ext.ops._multibox_loss import check_normalize
 
 
 class MultiBoxLoss(nn.Module):
@@ -20,7 +19,7 @@ class MultiBoxLoss(nn.Module):
         low_threshold: if given, priors whose best IoU is from here up to ``iou_threshold`` are ignored.
         force: ``"bipartite"`` (the paper's), ``"last"`` (torchvision's) or ``"none"``.
         variances: of centre and size, those of the decoder.
-        ratio: negatives for each positive.
+        neg_to_pos_ratio: negatives for each positive.
         min_negatives: negatives that count in every image, even in one without objects.
         alpha: weight of the box loss.
         beta: where smooth L1 passes from square to line.
@@ -47,7 +46,7 @@ class MultiBoxLoss(nn.Module):
         low_threshold: float | None = None,
         force: str = "bipartite",
         variances: tuple[float, float] = (0.1, 0.2),
-        ratio: float = 3.0,
+        neg_to_pos_ratio: float = 3.0,
         min_negatives: int = 0,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -68,7 +67,7 @@ class MultiBoxLoss(nn.Module):
             "variances": variances,
         }
         self.loss: dict[str, Any] = {
-            "ratio": ratio,
+            "neg_to_pos_ratio": neg_to_pos_ratio,
             "min_negatives": min_negatives,
             "alpha": alpha,
             "beta": beta,
@@ -79,8 +78,7 @@ class MultiBoxLoss(nn.Module):
         self,
         deltas: Tensor,
         logits: Tensor,
-        gt_boxes: Ragged,
-        gt_labels: Sequence[Tensor] | Tensor,
+        ground_truth: GroundTruth | Targets,
         priors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(loc, conf)``: two scalars, to be added up.
@@ -88,27 +86,26 @@ class MultiBoxLoss(nn.Module):
         Args:
             deltas: ``[B, P, 4]`` predicted box offsets.
             logits: ``[B, P, C]`` class scores before the softmax; class 0 is background.
-            gt_boxes: corners ``(x1, y1, x2, y2)`` in the units and dtype of the priors: a list of ``[G_b, 4]``
-                tensors, one an image, or ``(boxes[G, 4], offsets[B + 1])``. An image may have none.
-            gt_labels: int64, ``1..C - 1``: a list of ``[G_b]`` tensors, or ``[G]`` beside ``(boxes, offsets)``.
+            ground_truth: the objects of the images, boxes ``(x1, y1, x2, y2)`` in the units and dtype of the priors,
+                labels ``1..C - 1``: a :class:`ssd_ext.GroundTruth`, or a list with a dict ``{"boxes", "labels"}`` for
+                each image. An image may have none.
             priors: ``[P, 4]``, where the module has none.
         """
         given = [boxes for boxes in (priors, self.priors) if boxes is not None]
         if len(given) != 1:
             where = "to both" if given else "to neither"
             raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {where}")
-        labels, targets = ops.assign_targets(
-            gt_boxes,
-            gt_labels,
+        target_deltas, target_labels = ops.assign_targets(
+            ground_truth,
             given[0],
             validate=self.validate,
             num_classes=logits.shape[-1] if self.validate else None,
             **self.matching,
         )
-        losses = ops.multibox_loss(deltas, logits, targets, labels, **self.loss)
+        losses = ops.multibox_loss(deltas, logits, target_deltas, target_labels, **self.loss)
         if not self.across_ranks or self.loss["normalize"] != "batch":
             return losses
-        positives = (labels > 0).sum()
+        positives = (target_labels > 0).sum()
         everywhere = positives.clone()
         distributed.all_reduce(everywhere)
         share = positives.clamp(min=1) * distributed.get_world_size() / everywhere.clamp(min=1)

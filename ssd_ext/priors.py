@@ -1,7 +1,7 @@
 """Default boxes (priors) of SSD: presets, any image size, the paper's scale formula.
 
 >>> from ssd_ext.priors import SSD300_COCO
->>> SSD300_COCO.boxes().shape
+>>> SSD300_COCO.priors().shape
 torch.Size([8732, 4])
 """
 
@@ -117,7 +117,7 @@ class PriorSpec:
         return [2 + 2 * len(ratios) for ratios in self.aspect_ratios]
 
     def counts(self, image_size: tuple[int, int] | None = None, feature_sizes: Sizes | None = None) -> list[int]:
-        """Priors of each level; arguments as in :meth:`boxes`."""
+        """Priors of each level; arguments as in :meth:`priors`."""
         _, sizes = self._sizes(image_size, feature_sizes)
         return [rows * columns * n for (rows, columns), n in zip(sizes, self.per_cell(), strict=True)]
 
@@ -128,8 +128,8 @@ class PriorSpec:
 
         Args:
             num_priors: ``P`` of the predictions ``[B, P, ...]``.
-            image_size: as in :meth:`boxes`.
-            feature_sizes: as in :meth:`boxes`.
+            image_size: as in :meth:`priors`.
+            feature_sizes: as in :meth:`priors`.
 
         Raises:
             ValueError: another number; the message lists the count of each level.
@@ -144,7 +144,7 @@ class PriorSpec:
                 f"{text} = {sum(counts)}"
             )
 
-    def boxes(
+    def priors(
         self,
         image_size: tuple[int, int] | None = None,
         feature_sizes: Sizes | None = None,

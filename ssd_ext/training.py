@@ -1,4 +1,4 @@
-"""Training a detector: fit(), which ``python -m ssd_ext.train`` calls."""
+"""Training a detector: fit(), which ``ssd_ext train`` calls."""
 
 import math
 import time
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from ssd_ext import checkpoint
 from ssd_ext.data import Dataset, augmentation, collate
 from ssd_ext.evaluation import average_precision
-from ssd_ext.inference import draw, gathered_detections
+from ssd_ext.ground_truth import GroundTruth
+from ssd_ext.inference import above, detect_all_across_ranks, draw
 from ssd_ext.models import SSD
 from ssd_ext.models.ssd import Images
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 AMP: dict[str, torch.dtype | None] = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("cosine", "step")
 OPTIMIZERS = ("sgd", "adamw")
-FLOATS = ("lr", "momentum", "weight_decay", "clip_gradient", "ema", "photometric", "zoom_out", "flip")
+FLOATS = ("lr", "momentum", "weight_decay", "clip_grad_norm", "ema", "photometric", "zoom_out", "flip")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -51,7 +52,7 @@ class Recipe:
         warmup: steps over which the rate rises from a thousandth; at most a tenth of all.
         freeze: first modules of ``model.backbone.features`` to leave as they are, batch statistics included: quicker,
             and often no worse where the backbone knows more images than the data set has.
-        clip_gradient: largest norm of the gradient of all weights together; None does not look.
+        clip_grad_norm: largest norm of the gradient of all weights together; None does not look.
         amp: ``"bfloat16"`` or ``"float16"`` for the network; the loss computes in float32.
         channels_last: memory format of network and images.
         ema: decay of an average of the weights that is evaluated and kept instead of them; None for none.
@@ -59,8 +60,8 @@ class Recipe:
         photometric: this and the next two are probabilities of :func:`ssd_ext.data.augmentation`.
         zoom_out: of placing an image on a larger canvas.
         flip: of mirroring an image; 0 where left and right matter, as in writing.
-        deterministic: let cuDNN choose among algorithms that repeat themselves alone.
-        sync_batch_norm: batch statistics of all ranks together (GPUs alone).
+        deterministic: restrict cuDNN to algorithms that give the same result on every run.
+        sync_batch_norm: batch statistics of all ranks together (GPUs only).
         workers: processes that load images, of each rank.
         seed: of everything random.
         save_every: steps between checkpoints, beside one at each end of an epoch: what a crash may cost.
@@ -80,7 +81,7 @@ class Recipe:
     milestones: tuple[float, ...] = (0.67, 0.83)
     warmup: int = 500
     freeze: int = 0
-    clip_gradient: float | None = None
+    clip_grad_norm: float | None = None
     amp: str = "none"
     channels_last: bool = False
     ema: float | None = None
@@ -119,8 +120,8 @@ class Recipe:
             raise ValueError(f"amp must be one of {', '.join(AMP)}, got {self.amp!r}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
-        if self.clip_gradient is not None and not self.clip_gradient > 0:
-            raise ValueError(f"clip_gradient must be a positive number, got {self.clip_gradient}")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm must be a positive number, got {self.clip_grad_norm}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, ``0 <= step < steps``, as a fraction of ``lr``."""
@@ -183,14 +184,6 @@ class Augmented(torch.utils.data.Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image, target)
-
-
-def _join(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor, Tensor, list[int], list[str]]:
-    """Images, boxes, labels, how many of each image, names: few tensors, each of which costs a worker a file."""
-    images, targets = collate(items)
-    boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
-    images = cast(Tensor, images)  # they are augmented to one size
-    return images, boxes, labels, [len(target["labels"]) for target in targets], [t["name"] for t in targets]
 
 
 # ---- state ---------------------------------------------------------------------------------------
@@ -335,7 +328,7 @@ class Journal:
         entry |= {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
         run.sums, run.counted = {}, 0
         if val_set is not None:
-            found = gathered_detections(run.trained, val_set, workers=run.recipe.workers)
+            found = detect_all_across_ranks(run.trained, val_set, workers=run.recipe.workers)
             targets = [val_set.target(i) for i in range(len(val_set))]
             entry["mAP@0.5"] = average_precision(found, targets, self.run.model.num_classes).mAP
         self.run.history.append(entry)
@@ -356,7 +349,7 @@ class Journal:
         self, board: "SummaryWriter", epoch: int, val_set: Dataset, found: list[dict[str, Tensor]], count: int = 4
     ) -> None:
         for i in range(min(count, len(val_set))):
-            board.add_image(f"detections/{i}", draw(val_set[i][0], found[i], self.run.classes, 0.3), epoch)
+            board.add_image(f"detections/{i}", draw(val_set[i][0], above(found[i], 0.3), self.run.classes), epoch)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of the run as it is."""
@@ -389,12 +382,15 @@ def _check(model: SSD, train_set: Dataset, val_set: Dataset | None) -> None:
 
 
 def _freeze(model: SSD, count: int) -> Sequence[nn.Module]:
-    features = getattr(model.backbone, "features", ())
-    if count > len(features):
-        raise ValueError(f"freeze must be at most {len(features)}, the features of this backbone, got {count}")
-    for module in features[:count]:
+    features = getattr(model.backbone, "features", None)
+    if count and features is None:
+        raise ValueError(f"freeze must be 0 for a backbone without features (see ssd_ext.models.Backbone), got {count}")
+    frozen = list(features or ())[:count]
+    if count > len(frozen):
+        raise ValueError(f"freeze must be at most {len(frozen)}, the features of this backbone, got {count}")
+    for module in frozen:
         module.requires_grad_(False)
-    return features[:count]
+    return frozen
 
 
 def _train_mode(network: nn.Module, frozen: Sequence[nn.Module]) -> None:
@@ -422,7 +418,7 @@ def plot_history(history: Sequence[dict[str, float]], path: str | Path) -> None:
 
 
 def train_step(
-    run: Run, network: nn.Module, images: Images, targets: list[dict[str, Any]], rate: float
+    run: Run, network: nn.Module, images: Images, ground_truth: GroundTruth, names: Sequence[str], rate: float
 ) -> dict[str, Tensor]:
     """One step of the optimizer.
 
@@ -430,7 +426,8 @@ def train_step(
         run: what is trained.
         network: ``run.model``, or what wraps it (``DistributedDataParallel``, ``torch.compile``).
         images: as the model takes them.
-        targets: as the model takes them, with the ``"name"`` of each image.
+        ground_truth: of the images.
+        names: of the images.
         rate: fraction of the recipe's learning rate.
 
     Returns:
@@ -444,17 +441,18 @@ def train_step(
         group["lr"] = recipe.lr * rate
     amp = AMP[recipe.amp]
     with torch.autocast(device.type, dtype=amp) if amp else nullcontext():
-        losses = network(images, targets)
+        losses = network(images, ground_truth)
     loss = sum(losses.values())
     if not math.isfinite(loss.item()):
         values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
-        names = ", ".join(str(target["name"]) for target in targets)
-        raise NonFiniteLossError(f"the loss of step {run.step} is not finite ({values}); its images: {names}")
+        raise NonFiniteLossError(
+            f"the loss of step {run.step} is not finite ({values}); its images: {', '.join(names)}"
+        )
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
-    if recipe.clip_gradient is not None:
+    if recipe.clip_grad_norm is not None:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_gradient)
+        nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_grad_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.average is not None:
@@ -531,7 +529,7 @@ def fit(
     loader = DataLoader(
         Augmented(train_set, augment),
         batch_sampler=batches,
-        collate_fn=_join,
+        collate_fn=collate,
         num_workers=recipe.workers,
         pin_memory=device.type == "cuda",
     )
@@ -540,12 +538,12 @@ def fit(
     try:
         with Journal(out, run, batches, rank) as journal:
             _train_mode(network, frozen)
-            for images, boxes, labels, counts, names in loader:
+            for images, ground_truth, names in loader:
                 torch.manual_seed(recipe.seed * 1_000_003 + run.step * ranks + rank)  # of dropout, if there is one
-                images = images.to(device, non_blocking=True, memory_format=layout)
-                parts = (t.to(device, non_blocking=True).split(counts) for t in (boxes, labels))
-                targets = [{"boxes": b, "labels": k, "name": n} for b, k, n in zip(*parts, names, strict=True)]
-                journal.add(train_step(run, network, images, targets, recipe.rate(run.step, batches.steps)))
+                images = images.to(device, non_blocking=True, memory_format=layout)  # augmented to one size: one tensor
+                ground_truth = ground_truth.to(device, non_blocking=True)
+                rate = recipe.rate(run.step, batches.steps)
+                journal.add(train_step(run, network, images, ground_truth, names, rate))
                 epoch, inside = divmod(run.step, batches.per_epoch)
                 if inside == 0:
                     due = epoch % recipe.evaluate_every == 0 or run.step == batches.steps

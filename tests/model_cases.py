@@ -1,4 +1,4 @@
-"""What the tests of models share: pictures, a small detector, a comparison of detections."""
+"""What the tests of models share: pictures, small detectors, a comparison of detections."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ssd_ext.models import SSD
+from ssd_ext.models import SSD, Backbone
 from ssd_ext.priors import PriorSpec
 
 SIZES = ((240, 320), (300, 300), (411, 289))
@@ -59,13 +59,42 @@ class TwoLevels(nn.Module):
         return [first, F.relu(self.second(first))]
 
 
-PRIORS = PriorSpec((32, 32), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2, 3)))
+class WithFeatures(Backbone):
+    """The same maps, of which the second is a level beyond the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.extra = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        first = self.features(x)
+        return [first, F.relu(self.extra(first))]
+
+
+class Pyramid(nn.Module):
+    """Both maps in 6 channels, the first with the second, enlarged, added to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, 6, 1) for channels in (8, 12))
+
+    def forward(self, maps):
+        first, second = (conv(x) for conv, x in zip(self.lateral, maps, strict=True))
+        return [first + F.interpolate(second, first.shape[2:]), second]
+
+
+SPEC = PriorSpec((32, 32), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2, 3)))
 
 
 def small(seed=0, **settings):
     torch.manual_seed(seed)
-    arguments = {"backbone": TwoLevels(), "channels": [8, 12], "priors": PRIORS, "num_classes": 4}
-    return SSD(**{**arguments, **settings})
+    return SSD(**{"backbone": TwoLevels(), "prior_spec": SPEC, "num_classes": 4, **settings})
+
+
+def small_with_neck(seed=0, **settings):
+    torch.manual_seed(seed)
+    return small(seed, backbone=WithFeatures(), neck=Pyramid(), **settings)
 
 
 def spread(model, factor=8.0):

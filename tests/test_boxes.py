@@ -21,14 +21,14 @@ def exp_by_decode(x):
     deltas = torch.zeros(len(x), 1, 4, dtype=x.dtype, device=x.device)
     deltas[:, 0, 2] = x
     prior = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=x.dtype, device=x.device)
-    return ops.decode(deltas, prior, (1.0, 1.0), math.inf)[:, 0, 2] * 2
+    return ops.decode(deltas, prior, variances=(1.0, 1.0), bbox_xform_clip=math.inf)[:, 0, 2] * 2
 
 
 def log_by_encode(x):
     boxes = torch.zeros(len(x), 1, 4, dtype=x.dtype, device=x.device)
     boxes[:, 0, 2], boxes[:, 0, 3] = x, 1
     prior = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=x.dtype, device=x.device)
-    return ops.encode(boxes, prior, (1.0, 1.0))[:, 0, 2]
+    return ops.encode(boxes, prior, variances=(1.0, 1.0))[:, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_clip_bounds_the_size():
     deltas = torch.tensor([[0.0, 0.0, 500.0, 500.0]])
     size = ops.decode(deltas, priors)[0, 2:] - ops.decode(deltas, priors)[0, :2]
     torch.testing.assert_close(size, torch.full((2,), 0.1 * 1000 / 16))
-    assert torch.isinf(ops.decode(deltas * 10, priors, clip=math.inf)).any()
+    assert torch.isinf(ops.decode(deltas * 10, priors, bbox_xform_clip=math.inf)).any()
 
 
 def test_half_computes_in_float32(generator):
@@ -117,14 +117,23 @@ def test_iou_of_boxes_too_large_for_their_dtype_is_zero(device):
 @pytest.mark.parametrize(
     ("dtypes", "message"),
     [
-        ((torch.int32, torch.int32), "boxes_a must be float32, float64, float16 or bfloat16, got int32"),
-        ((torch.bool, torch.bool), "boxes_a must be float32, float64, float16 or bfloat16, got bool"),
-        ((torch.uint8, torch.uint8), "boxes_a must be float32, float64, float16 or bfloat16, got Byte"),
-        ((torch.float16, torch.bfloat16), "boxes_b must have the dtype of boxes_a, float16, got bfloat16"),
-        ((torch.float64, torch.int64), "boxes_b must have the dtype of boxes_a, float64, got int64"),
+        ((torch.bool, torch.bool), "boxes1 must be float32, float64, float16 or bfloat16, got bool"),
+        ((torch.uint16, torch.uint16), "boxes1 must be float32, float64, float16 or bfloat16, got UInt16"),
+        ((torch.float16, torch.bfloat16), "boxes2 must have the dtype of boxes1, float16, got bfloat16"),
+        ((torch.float64, torch.int64), "boxes2 must have the dtype of boxes1, float64, got int64"),
     ],
 )
 def test_dtypes_that_are_refused_are_named(dtypes, message):
     a, b = (torch.ones(1, 4).to(dtype) for dtype in dtypes)
     with pytest.raises(ValueError, match=message):
         ops.box_iou(a, b)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int16,) * 2, (torch.int64,) * 2, (torch.uint8, torch.int32)])
+def test_iou_of_integers_is_torchvisions(dtypes, device):
+    tv_ops = pytest.importorskip("torchvision.ops")
+    a = torch.tensor([[0, 0, 10, 10], [5, 5, 5, 9], [100, 3, 200, 250]], device=device).to(dtypes[0])
+    b = torch.tensor([[0, 0, 10, 10], [5, 5, 15, 15], [0, 0, 250, 250]], device=device).to(dtypes[1])
+    found = ops.box_iou(a, b)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, tv_ops.box_iou(a.long(), b.long()))

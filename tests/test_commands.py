@@ -1,6 +1,5 @@
-"""The command lines, as a user runs them: train, evaluate and detect on the sample."""
+"""The command, as a user runs it: train, evaluate, detect and export on the sample."""
 
-import importlib
 import json
 import os
 import re
@@ -15,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ssd_ext import MultiBoxLoss, _cli, checkpoint, evaluate, train
+from ssd_ext import MultiBoxLoss, checkpoint, cli, export
+from ssd_ext.cli._shared import read_data
+from ssd_ext.cli.detect import _distinct_names, image_files
+from ssd_ext.cli.train import recipe_of
 from ssd_ext.data import load_dataset
-from ssd_ext.detect import _distinct_names, image_files
-from ssd_ext.inference import load_detector
+from ssd_ext.inference import above, as_json, draw, load_detector
 from ssd_ext.models import ssd300_vgg16, ssdlite320_mobilenet_v2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ SMALL = ("--model", "ssdlite320_mobilenet_v2", "--image-size", "160", "160", "--
 
 
 def command(name, *arguments, start=False, **environment):
-    line = [sys.executable, "-m", f"ssd_ext.{name}", *map(str, arguments)]
+    line = [sys.executable, "-m", "ssd_ext", name, *map(str, arguments)]
     env = {**ENVIRONMENT, **environment}
     if start:
         return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -65,7 +66,7 @@ def test_learns_photographs_by_heart_and_finds_their_cards(tmp_path):
     photographs = [next((SAMPLE / "JPEGImages").glob(name + ".*")) for name in names]
     done = command("detect", *photographs, "--weights", run / "last.pt", "--out", run / "found", "--threshold", 0.2)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\d+\.\d images/s; \d+\.\d without post-processing", done.stdout)
+    assert re.search(r"\d+\.\d images/s \(one image at a time, without reading and drawing\)", done.stdout)
     found = json.loads((run / "found" / "detections.json").read_text())
     assert [image["image"] for image in found] == [str(path) for path in photographs]
     classes = checkpoint.load(run / "last.pt")["classes"]
@@ -123,6 +124,14 @@ def _bad_checkpoint(path):
         (("detect", "photos", "--weights", "lite.pt", "--out", "photos"), "would overwrite"),
         (("evaluate", "photos", "--weights", "lite.pt", "--zero-based"), "is for VOC folders, which photos is not"),
         (("detect", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
+        (("export", "--weights", "none.pt", "--out", "out.onnx"), "none.pt"),
+        (("export", "--weights", "lite.pt", "--out", "out.txt"), "must end in .onnx or .pt2, or --format be given"),
+        (
+            ("export", "--weights", "lite.pt", "--out", "out.pt2", "--image-size", "0", "9"),
+            "size must be positive, got (0, 9)",
+        ),
+        (("export", "--weights", "lite.pt", "--out", "none/out.pt2"), "no folder none for --out none/out.pt2"),
+        (("export", "--weights", "lite.pt", "--out", "x.so", "--format", "aotinductor"), "must end in .pt2, got x.so"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, text):
@@ -140,10 +149,8 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, text):
     if "vgg.pt" in arguments:
         backbone = {k.removeprefix("backbone."): v for k, v in ssd300_vgg16(2).state_dict().items() if "features" in k}
         checkpoint.save(backbone, tmp_path / "vgg.pt")
-    name, *rest = [str(SAMPLE) if a == "CARDS" else a for a in arguments]
-    monkeypatch.setattr(sys, "argv", [f"ssd_ext.{name}", *rest])
     with pytest.raises(SystemExit) as ended:
-        _cli.run(importlib.import_module(f"ssd_ext.{name}").main)
+        cli.main([str(SAMPLE) if a == "CARDS" else a for a in arguments])
     assert ended.value.code.startswith("ssd_ext: ")
     assert "\n" not in ended.value.code
     assert text in ended.value.code
@@ -160,20 +167,20 @@ def test_rules_of_data_reach_training_and_evaluation(tmp_path):
     """A folder with one wrong box, and corners that are to be taken as they stand."""
     folder = tmp_path / "cards"
     shutil.copytree(SAMPLE, folder)
-    name = (folder / "ImageSets" / "Main" / "train.txt").read_text().split()[0]
-    file = folder / "Annotations" / f"{name}.xml"
+    first = (folder / "ImageSets" / "Main" / "train.txt").read_text().split()[0]
+    file = folder / "Annotations" / f"{first}.xml"
     text = file.read_text()
     file.write_text(re.sub(r"<xmax>\d+</xmax>", "<xmax>0</xmax>", text, count=1))
     expected = load_dataset(SAMPLE, "train")
-    for module in (train, evaluate):
-        others = ["--out", "x"] if module is train else ["--weights", "x"]
-        args = module.parser().parse_args([str(folder), *others, "--zero-based", "--skip-invalid"])
+    for name, *others in (("train", "--out", "x"), ("evaluate", "--weights", "x")):
+        line = [name, str(folder), *others]
+        args = cli.parser_for(name).parse_args([*line, "--zero-based", "--skip-invalid"])
         with pytest.warns(UserWarning, match=f"left out 1 of {len(expected.boxes)} boxes"):
-            read = _cli.read_data(args.data, "train", None, args)
+            read = read_data(args.data, "train", None, args)
         assert torch.equal(read.target(1)["boxes"], expected.target(1)["boxes"] + torch.tensor([1, 1, 0, 0]))
-        args = module.parser().parse_args([str(folder), *others])
-        with pytest.raises(ValueError, match=f"{name}.xml: object 1 of image"):
-            _cli.read_data(args.data, "train", None, args)
+        args = cli.parser_for(name).parse_args(line)
+        with pytest.raises(ValueError, match=f"{first}.xml: object 1 of image"):
+            read_data(args.data, "train", None, args)
 
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
@@ -198,19 +205,122 @@ def test_pictures_have_names_of_their_own():
 
 
 def test_an_error_is_one_sentence_or_a_traceback(monkeypatch):
-    def fail(argv, error):
-        raise error
+    def fails(error):
+        def run(args):
+            raise error
+
+        monkeypatch.setattr("ssd_ext.cli.env.run", run)
 
     monkeypatch.delenv("SSD_EXT_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit, match=r"^ssd_ext: no such split$"):
-        _cli.run(lambda argv: fail(argv, ValueError("no such split")))
-    with pytest.raises(SystemExit, match=r"^ssd_ext: interrupted$"):
-        _cli.run(lambda argv: fail(argv, KeyboardInterrupt()))
+    for error, text in ((ValueError("no such split"), "no such split"), (KeyboardInterrupt(), "interrupted")):
+        fails(error)
+        with pytest.raises(SystemExit, match=f"^ssd_ext: {text}$"):
+            cli.main(["env"])
+    fails(AttributeError("a fault of ours"))
     with pytest.raises(AttributeError, match="a fault of ours"):
-        _cli.run(lambda argv: fail(argv, AttributeError("a fault of ours")))
+        cli.main(["env"])
     monkeypatch.setenv("SSD_EXT_TRACEBACK", "1")
+    fails(ValueError("no such split"))
     with pytest.raises(ValueError, match="no such split"):
-        _cli.run(lambda argv: fail(argv, ValueError("no such split")))
+        cli.main(["env"])
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        ([], "required: COMMAND"),
+        (["env", "--threshold", "1"], "unrecognized arguments"),
+        (["export", "--weights", "x", "--out", "y", "--format", "tflite"], "invalid choice: 'tflite'"),
+    ],
+)
+def test_a_line_that_is_not_understood(line, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(line)
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help(name, capsys):
+    """Of each subcommand with its own arguments, and of all together."""
+    for line in ([name, "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(line)
+        assert ended.value.code == 0
+        told = capsys.readouterr().out
+        assert cli.COMMANDS[name].split()[0] in told.lower().split()
+        assert ("--weights" in told) == (line[0] in ("train", "evaluate", "detect", "export"))
+
+
+def test_options_of_the_recipe():
+    line = ["train", "data", "--out", "x", "--clip-grad-norm", "0.5", "--no-crop", "--milestones", "0.5", "0.9"]
+    recipe = recipe_of(cli.parser_for("train").parse_args(line))
+    assert (recipe.clip_grad_norm, recipe.crop, recipe.milestones) == (0.5, False, (0.5, 0.9))
+    lite = recipe_of(cli.parser_for("train").parse_args([*line, *SMALL, "--lr", "0.5"]))
+    assert (recipe.optimizer, lite.optimizer, lite.lr) == ("sgd", "adamw", 0.5)
+
+
+def test_what_is_told_of_detections():
+    boxes = torch.tensor([[1.04, 2, 30, 40], [5, 6, 7, 8], [9, 9, 20, 20]])
+    found = {"boxes": boxes, "scores": torch.tensor([0.87654, 0.5, 0.25]), "labels": torch.tensor([2, 1, 3])}
+    assert as_json(above(found, 0.25), ["ace"]) == [
+        {"label": 2, "score": 0.8765, "box": [1.0, 2.0, 30.0, 40.0]},
+        {"label": "ace", "score": 0.5, "box": [5.0, 6.0, 7.0, 8.0]},
+    ]
+    image = torch.zeros(3, 60, 60, dtype=torch.uint8)
+    assert torch.equal(draw(image, above(found, 0.9), []), image)
+    one, both = (draw(image, above(found, threshold), ["ace", "ten", "six"]) for threshold in (0.6, 0.4))
+    assert one[:, 2:41, 1:31].any() and not one[:, 42:].any()
+    assert not torch.equal(one, both)
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory):
+    """A checkpoint of an untrained detector of two classes."""
+    path = tmp_path_factory.mktemp("lite") / "lite.pt"
+    model = ssdlite320_mobilenet_v2(3, image_size=(96, 128))
+    checkpoint.save({"model": model.state_dict(), "architecture": model.architecture, "classes": ["a", "b"]}, path)
+    return path
+
+
+def onnx_metadata(path):
+    return {entry.key: entry.value for entry in pytest.importorskip("onnx").load(path).metadata_props}
+
+
+def torch_metadata(path):
+    extra = {export.METADATA: ""}
+    torch.export.load(path, extra_files=extra)
+    return {name: json.dumps(value) for name, value in json.loads(extra[export.METADATA]).items()}
+
+
+def aotinductor_metadata(path):
+    return torch._inductor.aoti_load_package(path).get_metadata()
+
+
+RESIZED = ("--image-size", "60", "80")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "file", "size", "metadata"),
+    [
+        (RESIZED, "detector.ONNX", [60, 80], onnx_metadata),
+        ((), "detector.pt2", [96, 128], torch_metadata),
+        (RESIZED, "detector.pt2", [60, 80], torch_metadata),
+        (("--format", "aotinductor", *RESIZED), "detector.pt2", [60, 80], aotinductor_metadata),
+    ],
+    ids=["onnx", "torch", "torch, resized", "aotinductor"],
+)
+def test_export(lite, tmp_path, capsys, options, file, size, metadata):
+    if metadata is onnx_metadata:
+        pytest.importorskip("onnxscript")
+    path = str(tmp_path / file)
+    cli.main(["export", "--weights", str(lite), "--out", path, "--device", "cpu", *options])
+    told = metadata(path)
+    assert json.loads(told["classes"]) == ["a", "b"]
+    assert json.loads(told["preprocessing"])["size"] == size
+    assert f"images [B, 3, {size[0]}, {size[1]}], RGB in 0..1, to boxes, scores" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -261,15 +371,25 @@ def test_benchmark_of_integrations_runs(model, tmp_path):
     assert "times as fast" in done.stdout
 
 
-def test_a_checkpoint_tells_its_model(tmp_path):
+def rename(values, names):
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("version", ["of this version", "0.1.0"])
+def test_a_checkpoint_tells_its_model(tmp_path, version):
     settings = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "score_threshold": 0.02, "max_detections": 7}
-    settings["loss"] = MultiBoxLoss(variances=(0.2, 0.3))
+    settings["loss"] = MultiBoxLoss(variances=(0.2, 0.3), neg_to_pos_ratio=2.0)
     model = ssdlite320_mobilenet_v2(3, image_size=(160, 224), **settings).eval()
-    state = {"model": model.state_dict(), "architecture": model.architecture, "classes": ["a", "b"]}
+    architecture = model.architecture
+    if version == "0.1.0":
+        loss = rename(architecture["loss"], {"neg_to_pos_ratio": "ratio"})
+        architecture = rename(architecture, {"prior_spec": "priors"}) | {"loss": loss}
+    state = {"model": model.state_dict(), "architecture": architecture, "classes": ["a", "b"]}
     checkpoint.save(state, tmp_path / "w.pt")
     loaded, classes = load_detector(tmp_path / "w.pt")
     assert classes == ["a", "b"]
     assert loaded.image_size == (160, 224)
+    assert loaded.architecture == model.architecture
     image = torch.rand(3, 90, 120)
     with torch.inference_mode():
         (expected,), (found,) = model([image]), loaded([image])

@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ssd_ext import GroundTruth
 from ssd_ext.data import augmentation, collate, load_dataset, read_image, to_float, training_target
 from ssd_ext.data.augmentation import _IoUCrop, _shrink
 
@@ -430,12 +431,24 @@ def test_augmentation_trains_on_difficult_objects_if_asked_to(voc, difficult):
 
 def test_batches():
     data = load_dataset(SAMPLE, "test", transform=to_float())
-    images, targets = collate([data[0], data[5]])
+    images, ground_truth, names = collate([data[0], data[5]])
     assert [image.shape for image in images] == [(3, 416, 312), (3, 234, 416)]
     assert all(type(image) is Tensor and image.max() <= 1 for image in images)
-    assert all(type(target["boxes"]) is Tensor for target in targets)
-    stacked, _ = collate([data[0], data[1]])
+    assert type(ground_truth) is GroundTruth and {type(part) for part in ground_truth} == {Tensor}
+    assert ground_truth.offsets.tolist() == [0, 1, 5]
+    for found, index in zip(ground_truth.to_targets(), (0, 5), strict=True):
+        assert torch.equal(found["boxes"], data.target(index)["boxes"])
+        assert torch.equal(found["labels"], data.target(index)["labels"])
+    assert names == [data.names[0], data.names[5]]
+    stacked, _, _ = collate([data[0], data[1]])
     assert stacked.shape == (2, 3, 416, 312) and stacked.dtype == torch.float32
+
+
+def test_a_batch_of_images_without_objects(voc):
+    data = load_dataset(voc("b", [("dog", (1, 1, 5, 5), 1)]), transform=augmentation((20, 20)))  # a difficult one
+    _, ground_truth, _ = collate([data[0], data[0]])
+    assert [tuple(part.shape) for part in ground_truth] == [(0, 4), (0,), (3,)]
+    assert [part.dtype for part in ground_truth] == [torch.float32, torch.int64, torch.int64]
 
 
 COLORS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
@@ -533,15 +546,15 @@ def batches(workers, seed):
         data, batch_size=4, shuffle=True, collate_fn=collate, num_workers=workers, generator=generator
     )
     torch.manual_seed(seed)
-    return [(images, [target["boxes"] for target in targets]) for images, targets in loader]
+    return list(loader)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_seed_repeats_the_augmentation(workers):
     first, again, other = batches(workers, 5), batches(workers, 5), batches(workers, 6)
-    for (images, boxes), (images_again, boxes_again) in zip(first, again, strict=True):
+    for (images, ground_truth, names), (images_again, *rest) in zip(first, again, strict=True):
         assert torch.equal(images, images_again)
-        assert all(torch.equal(*pair) for pair in zip(boxes, boxes_again, strict=True))
+        assert all(map(torch.equal, ground_truth, rest[0])) and names == rest[1]
     assert not torch.equal(first[0][0], other[0][0])
 
 

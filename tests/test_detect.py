@@ -9,7 +9,7 @@ from conftest import SIMD_LEVELS, at_and_beside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_ext import _C, ops, reference, unpad
+from ssd_ext import _C, ops, reference
 
 PRIOR = [0.5, 0.5, 0.2, 0.2]
 
@@ -102,10 +102,10 @@ def test_boxes_that_are_not_finite_are_kept_and_suppress_nothing(device):
     assert boxes[0, 2].isfinite().all()
 
 
-def test_background_is_a_class_of_sigmoid_alone(device):
+def test_sigmoid_has_no_column_for_background(device):
     inputs = image([[5.0, 1.0], [5.0, 6.0]], device=device)
     assert found(inputs) == [(1, 1), (1, 0)]
-    assert found(inputs, activation="sigmoid") == [(1, 1), (0, 0), (0, 1), (1, 0)]
+    assert found(inputs, activation="sigmoid") == [(2, 1), (1, 0), (1, 1), (2, 0)]
 
 
 def check_thresholds(inputs, activation, count, topk=10**6):
@@ -317,7 +317,7 @@ def test_unpad(device, generator):
     inputs = {k: v.to(device) for k, v in random_image(generator, 50, 4, batch=3, background=2.0).items()}
     inputs["logits"][1] = math.nan
     boxes, scores, labels, counts = ops.detect(**inputs)
-    images = unpad(boxes, scores, labels, counts)
+    images = ops.unpad(boxes, scores, labels, counts)
     assert [len(i["labels"]) for i in images] == counts.tolist()
     assert counts[1] == 0
     for b, i in enumerate(images):

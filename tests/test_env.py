@@ -6,7 +6,8 @@ import torch
 import ssd_ext
 from ssd_ext import _C
 from ssd_ext._loading import why_not_loaded
-from ssd_ext.env import _gpus, covers, report
+from ssd_ext.cli import main
+from ssd_ext.environment import _gpus, covers, report
 
 
 def test_report_tells_the_build_and_the_machine(simd):
@@ -39,9 +40,17 @@ print(ssd_ext.__version__)
     assert python("-c", code).stdout == "unknown\n"
 
 
+def test_the_command_prints_it(capsys):
+    main(["env"])
+    assert capsys.readouterr().out == report() + "\n"
+
+
 @pytest.mark.slow
-def test_module_prints_it_and_names_a_forced_level(python):
-    assert "baseline (forced by SSD_EXT_SIMD)" in python("-m", "ssd_ext.env", SSD_EXT_SIMD="baseline").stdout
+def test_it_needs_nothing_of_training_and_names_a_forced_level(python):
+    code = "import sys; sys.modules['torchvision'] = sys.modules['tqdm'] = None; from ssd_ext.cli import main; main()"
+    for line in (("-c", code, "env"), ("-m", "ssd_ext", "env")):
+        done = python(*line, SSD_EXT_SIMD="baseline")
+        assert "baseline (forced by SSD_EXT_SIMD)" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Images to detections in one graph: compiled, exported, packaged, captured, and as ONNX."""
 
+import json
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F  # noqa: E402
 from examples import serve  # noqa: E402
 from opinfo.detect import DETECT  # noqa: E402
 from opinfo.spec import convert  # noqa: E402
-from ssd_ext import _C, export, ops, unpad  # noqa: E402
+from ssd_ext import _C, cli, export, ops  # noqa: E402
 from ssd_ext.models import ssdlite320_mobilenet_v2  # noqa: E402
 
 NAMES = ("IMG_2614", "cam_image36", "IMG_2383", "IMG_2540", "cam_image54")
@@ -62,16 +63,7 @@ def assert_equal_detections(found, expected):
     found, expected = tuple(found), tuple(expected)
     assert torch.equal(found[3], expected[3]), "counts"
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)  # in order: equal ones may be swapped
-    assert_same_detections(unpad(*found), unpad(*expected))
-
-
-@torch.no_grad()
-def test_end_to_end_is_the_model(case):
-    model, _, images = case
-    for found, expected in zip(unpad(*export.EndToEnd(model)(images)), model(images), strict=True):
-        assert len(found["labels"]) > 20
-        for key in expected:
-            assert torch.equal(found[key], expected[key])
+    assert_same_detections(ops.unpad(*found), ops.unpad(*expected))
 
 
 @pytest.mark.parametrize("case", ["small"], indirect=True)
@@ -80,10 +72,9 @@ def test_compiled_without_a_break_and_once_for_all_batch_sizes(case):
     model, _, images = case
     torch.compiler.reset()
     backend = CompileCounterWithBackend("aot_eager")
-    module = export.EndToEnd(model)
-    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    compiled = torch.compile(model.predict, fullgraph=True, backend=backend)
     for length in (2, 3, 5, 4):
-        assert_equal_detections(compiled(images[:length]), module(images[:length]))
+        assert_equal_detections(compiled(images[:length]), model.predict(images[:length]))
     assert backend.frame_count == 2, "the first size, then any"
 
 
@@ -93,27 +84,43 @@ def test_compiled_without_a_break_and_once_for_all_batch_sizes(case):
 def test_compiled_by_inductor(case):
     model, _, images = case
     torch.compiler.reset()
-    module = export.EndToEnd(model)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model.predict, fullgraph=True, dynamic=True)
     for length in (2, 5):
-        assert_equal_detections(compiled(images[:length]), module(images[:length]))
+        assert_equal_detections(compiled(images[:length]), model.predict(images[:length]))
 
 
-@pytest.mark.parametrize("case", ["small"], indirect=True)
+CLASSES = ["nine", "ten", "jack"]
+
+
+def assert_metadata(texts, model, size):
+    """What a file says: JSON by name."""
+    assert texts.keys() >= {"classes", "preprocessing"}
+    assert json.loads(texts["classes"]) == CLASSES
+    assert json.loads(texts["preprocessing"]) == {
+        "size": list(size or model.image_size),
+        "channels": "RGB",
+        "range": [0, 1],
+        "antialias": model.antialias,
+    }
+
+
 @torch.no_grad()
 def test_program_in_another_process(case, tmp_path, python):
     model, size, images = case
-    torch.export.save(export.program(model, size), tmp_path / "detector.pt2")
+    export.save(model, tmp_path / "detector.pt2", classes=CLASSES, size=size)
     torch.save(images, tmp_path / "images.pt")
     code = """if True:
-        import torch, ssd_ext
-        detect, images = torch.export.load("detector.pt2").module(), torch.load("images.pt")
+        import torch, ssd_ext.export
+        extra = {ssd_ext.export.METADATA: ""}
+        detect, images = torch.export.load("detector.pt2", extra_files=extra).module(), torch.load("images.pt")
         torch.save([detect(images[:length]) for length in (5, 2, 1, 0)], "found.pt")
+        print(extra[ssd_ext.export.METADATA])
     """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     for found in torch.load(tmp_path / "found.pt"):
-        assert_equal_detections(found, export.EndToEnd(model)(images[: len(found[3])]))
+        assert_equal_detections(found, model.predict(images[: len(found[3])]))
+    assert_metadata({name: json.dumps(value) for name, value in json.loads(done.stdout).items()}, model, size)
 
 
 @pytest.mark.slow
@@ -121,12 +128,21 @@ def test_program_in_another_process(case, tmp_path, python):
 @torch.no_grad()
 def test_package_of_aotinductor(case, tmp_path):
     model, size, images = case
-    path = torch._inductor.aoti_compile_and_package(
-        export.program(model, size), package_path=str(tmp_path / "detector.pt2")
-    )
-    detect = torch._inductor.aoti_load_package(path)
+    export.aot_inductor(model, tmp_path / "detector.pt2", classes=CLASSES, size=size)
+    detect = torch._inductor.aoti_load_package(tmp_path / "detector.pt2")
     for length in (5, 2, 1, 0):
-        assert_equal_detections(detect(images[:length]), export.EndToEnd(model)(images[:length]))
+        assert_equal_detections(detect(images[:length]), model.predict(images[:length]))
+    assert_metadata(detect.get_metadata(), model, size)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_metadata(antialias):
+    model = small(antialias=antialias)
+    assert_metadata(export.metadata(model, CLASSES), model, (32, 32))
+    assert_metadata(export.metadata(model, CLASSES, (60, 50)), model, (60, 50))
+    assert json.loads(export.metadata(model)["classes"]) == ["1", "2", "3"]
+    with pytest.raises(ValueError, match=r"classes must be 3 names, got 2: \['nine', 'ten'\]"):
+        export.metadata(model, CLASSES[:2])
 
 
 @pytest.mark.skipif(
@@ -135,20 +151,20 @@ def test_package_of_aotinductor(case, tmp_path):
 @torch.no_grad()
 def test_cuda_graph(case):
     model, _, images = case
-    module, images = export.EndToEnd(model).cuda(), images.cuda()
+    predict, images = model.cuda().predict, images.cuda()
     given = torch.zeros_like(images)
     try:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            module(given)  # sets up what a capture may not
+            predict(given)  # sets up what a capture may not
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = module(given)
+            found = predict(given)
         for order in (images, images.flip(0)):
             given.copy_(order)
             graph.replay()
-            expected = module(order)
+            expected = predict(order)
             assert_equal_detections([x.cpu() for x in found], [x.cpu() for x in expected])
     finally:
         model.cpu()
@@ -168,15 +184,16 @@ def run(session, **inputs):
 @torch.no_grad()
 def test_onnx(case, tmp_path):
     model, size, images = case
-    export.onnx(export.program(model, size) if size else model, tmp_path / "detector.onnx")
+    export.onnx(model, tmp_path / "detector.onnx", classes=CLASSES, size=size)
     written = onnx.load(tmp_path / "detector.onnx")
     onnx.checker.check_model(written, full_check=True)
     assert {node.domain for node in written.graph.node} == {""} and not written.functions
     assert [(x.domain, x.version) for x in written.opset_import] == [("", 18)]
+    assert_metadata({entry.key: entry.value for entry in written.metadata_props}, model, size)
     runtime = session(tmp_path / "detector.onnx")
     assert [x.name for x in runtime.get_outputs()] == ["boxes", "scores", "labels", "counts"]
     for length in (5, 2, 1, 0):
-        found, expected = run(runtime, images=images[:length]), export.EndToEnd(model)(images[:length])
+        found, expected = run(runtime, images=images[:length]), model.predict(images[:length])
         assert [(x.dtype, x.shape) for x in found] == [(x.dtype, x.shape) for x in expected]
         assert_equal_detections(found, expected)
 
@@ -189,7 +206,7 @@ def test_onnx_of_a_picture_of_nothing(tmp_path):
     model.score_threshold = model.heads(model.transform(nothing))[1].softmax(-1)[..., 1:].max().item() + 0.001
     export.onnx(model, tmp_path / "detector.onnx")
     mixed = torch.cat([images[:2], nothing, images[2:]])
-    found, expected = run(session(tmp_path / "detector.onnx"), images=mixed), export.EndToEnd(model)(mixed)
+    found, expected = run(session(tmp_path / "detector.onnx"), images=mixed), model.predict(mixed)
     assert expected[3][2] == 0
     assert all(torch.equal(x[2], y[2]) for x, y in zip(found, expected, strict=True))
     others = [0, 1, 3, 4, 5]
@@ -255,12 +272,16 @@ def test_onnx_of_another_opset(tmp_path):
     export.onnx(model, tmp_path / "detector.onnx", opset=21)
     assert onnx.load(tmp_path / "detector.onnx").opset_import[0].version == 21
     images = torch.stack(pictures(((32, 32),) * 2))
-    assert_equal_detections(run(session(tmp_path / "detector.onnx"), images=images), export.EndToEnd(model)(images))
+    assert_equal_detections(run(session(tmp_path / "detector.onnx"), images=images), model.predict(images))
 
 
 def test_wrong_calls(tmp_path):
     with pytest.raises(ValueError, match=r"must be in eval mode .* call eval\(\)"):
         export.program(small())
+    with pytest.raises(ValueError, match=r"size must be positive, got \(0, 9\)"):
+        export.program(small().eval(), (0, 9))
+    with pytest.raises(ValueError, match=r"path must end in \.pt2, got detector\.so"):
+        export.aot_inductor(small().eval(), "detector.so")
     with pytest.raises(TypeError, match=r"must be an ssd_ext\.models\.SSD, got Linear"):
         export.onnx(torch.nn.Linear(2, 2).eval(), tmp_path / "detector.onnx")
     nothing = (torch.rand(1, 0, 4), torch.rand(1, 0, 3), torch.rand(0, 4))
@@ -280,23 +301,39 @@ def test_without_onnx(package, python):
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", [pytest.param("docs/export.md", marks=pytest.mark.slow), "examples/README.md"])
-def test_code_of_the_pages_runs(page, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_code(tmp_path, monkeypatch):
+    """A function that runs the Python of a page in an empty folder; it returns the names that this has set."""
     monkeypatch.chdir(tmp_path)
-    classes = ["nine", "ten", "jack"]
-    monkeypatch.setattr("ssd_ext.inference.load_detector", lambda path: (spread(small()).eval(), classes))
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-        exec(compile(code, page, "exec"), names)
-    found = names["model"].cpu()(names.get("images", torch.rand(1, 3, 32, 32)))
+    monkeypatch.setattr("ssd_ext.inference.load_detector", lambda path: (spread(small()).eval(), CLASSES))
+
+    def run(page):
+        names = {}
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            exec(compile(code, page, "exec"), names)
+        return names
+
+    return run
+
+
+@pytest.mark.slow
+def test_code_of_the_page_runs(run_code, capsys):
+    names = run_code("docs/export.md")
+    found = names["model"].cpu()(names["images"])
     assert len(found[0]["labels"]) > 20
-    if "counts" in names:
-        assert names["counts"].tolist() == [len(image["labels"]) for image in found]
-    else:
-        assert Path("cards.txt").read_text().split() == classes and Path("cards.pt2").is_file()
+    assert names["counts"].tolist() == [len(image["labels"]) for image in found]
+    assert capsys.readouterr().out.count(str(CLASSES)) == 3, "in three formats"
+
+
+def test_code_of_the_examples_runs(run_code):
+    run_code("examples/README.md")
+    assert serve.Detector("cards.pt2").classes == CLASSES
 
 
 @pytest.mark.parametrize("page", ["docs/export.md", "examples/README.md"])
-def test_commands_of_the_pages_have_these_options(page):
-    (line,) = re.findall(r"^python (examples/serve.py) (.*)", (ROOT / page).read_text(), re.MULTILINE)
-    assert serve.parser().parse_args(line[1].split()).classes == "cards.txt"
+def test_commands_of_the_pages_are_understood(page):
+    """What is served was exported before."""
+    lines = re.findall(r"^(?:python )?(ssd_ext|examples/serve\.py) (.*)", (ROOT / page).read_text(), re.MULTILINE)
+    exported = [cli.parser_for("export").parse_args(line.split()) for name, line in lines if name == "ssd_ext"]
+    (served,) = [serve.parser().parse_args(line.split()) for name, line in lines if name != "ssd_ext"]
+    assert served.detector in {str(args.out) for args in exported}

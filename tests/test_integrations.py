@@ -496,10 +496,15 @@ def test_matching_in_double_precision_decides_to_the_bit():
         assert_equal(*found)
 
 
-def test_detections_have_no_gradient():
-    ours, _ = pair(ssd)
-    with pytest.raises(RuntimeError, match="detect is not differentiable"):
+@pytest.mark.parametrize("build", [ssd, retinanet])
+def test_detections_have_no_gradient(build):
+    ours, theirs = pair(build)
+    with pytest.raises(RuntimeError, match=r"detect is not differentiable: .* again after restore\(\)"):
         ours.eval()(images())[0]["scores"].sum().backward()
+    for model in (restore(ours), theirs.eval()):
+        model.zero_grad()
+        model(images())[0]["scores"].sum().backward()
+    assert_same_gradients(*([p.grad for p in model.parameters() if p.grad is not None] for model in (ours, theirs)))
 
 
 @pytest.mark.parametrize("build", [*BUILDERS, MySSD])

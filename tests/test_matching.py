@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opinfo.inputs import random_boxes, ssd300_priors
-from ssd_ext import ops, reference
+from ssd_ext import GroundTruth, ops, reference
 
 # Corners on a small grid: IoUs are ratios of small integers, so ties are common, and equal in every precision.
 coordinate = st.integers(-2, 6)
@@ -19,6 +19,11 @@ def tensor(rows):
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
 
 
+def of(*boxes):
+    """Ground truth of these boxes of each image."""
+    return GroundTruth.from_lists(boxes)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     images=st.lists(st.lists(grid_box, max_size=9), max_size=4),
@@ -28,26 +33,26 @@ def tensor(rows):
 )
 def test_agrees_with_reference_on_ties(images, priors, thresholds, force):
     low, high = sorted(thresholds)
-    boxes, priors = [tensor(image) for image in images], tensor(priors)
-    result = ops.match(boxes, priors, high, low, force=force)
-    expected = reference.match([b.double() for b in boxes], priors.double(), high, low, force)
-    assert torch.equal(result, expected)
+    ground_truth, priors = of(*[tensor(image) for image in images]), tensor(priors)
+    rule = {"iou_threshold": high, "low_threshold": low, "force": force}
+    result = ops.match(ground_truth, priors, **rule)
+    assert torch.equal(result, reference.match(ground_truth.to(torch.float64), priors.double(), **rule))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(*[st.floats(width=32, allow_nan=True, allow_infinity=True)] * 4), max_size=20))
 def test_any_number_is_safe(rows):
     priors = ssd300_priors()[:300]
-    matches = ops.match([tensor(rows)], priors)
-    assert torch.equal(matches, reference.match([tensor(rows)], priors))
-    labels, deltas = ops.assign_targets([tensor(rows)], [torch.ones(len(rows), dtype=torch.int64)], priors)
-    assert torch.equal(labels > 0, matches >= 0)
-    assert not bool(torch.isnan(deltas).any())  # infinite where a box is beyond float32 in a prior's terms
+    matches = ops.match(of(tensor(rows)), priors)
+    assert torch.equal(matches, reference.match(of(tensor(rows)), priors))
+    target_deltas, target_labels = ops.assign_targets(of(tensor(rows)), priors)
+    assert torch.equal(target_labels > 0, matches >= 0)
+    assert not bool(torch.isnan(target_deltas).any())  # infinite where a box is beyond float32 in a prior's terms
 
 
 def test_every_ground_truth_gets_a_prior_by_bipartite(generator, device):
     boxes = [random_boxes(n, generator) for n in (1, 40, 7)]
-    matches = ops.match([b.to(device) for b in boxes], ssd300_priors().to(device)).cpu()
+    matches = ops.match(of(*boxes).to(device), ssd300_priors().to(device)).cpu()
     for row, image in zip(matches, boxes, strict=True):
         assert set(range(len(image))) <= set(row.tolist())
 
@@ -55,15 +60,15 @@ def test_every_ground_truth_gets_a_prior_by_bipartite(generator, device):
 def test_a_box_that_meets_no_prior_still_gets_one():
     priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
     far = torch.tensor([[5.0, 5.0, 6.0, 6.0], [0.4, 0.4, 0.6, 0.6]])
-    assert ops.match([far], priors).tolist() == [[1, 0]]
-    assert ops.match([far], priors, force="none").tolist() == [[1, -1]]
+    assert ops.match(of(far), priors).tolist() == [[1, 0]]
+    assert ops.match(of(far), priors, force="none").tolist() == [[1, -1]]
 
 
 @pytest.mark.slow
 def test_a_thousand_equal_ground_truths(device):
     box = torch.tensor([[0.2, 0.3, 0.5, 0.6]], device=device)
     priors = ssd300_priors().to(device)
-    matches = ops.match([box.repeat(1000, 1)], priors, iou_threshold=1.0).cpu()[0]
+    matches = ops.match(of(box.repeat(1000, 1)), priors, iou_threshold=1.0).cpu()[0]
     claimed = matches >= 0
     assert sorted(matches[claimed].tolist()) == list(range(1000))
     # They took the 1000 priors of highest IoU, the first of them the best, equal ones by index.
@@ -75,37 +80,98 @@ def test_a_thousand_equal_ground_truths(device):
 def test_the_last_of_two_has_the_prior():
     priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
     boxes = torch.tensor([[0.3, 0.3, 0.7, 0.7], [0.3, 0.3, 0.6, 0.6]])
-    assert ops.match([boxes], priors, force="last").tolist() == [[1, -1]]
-    assert ops.match([boxes], priors, force="bipartite").tolist() == [[0, 1]]
+    assert ops.match(of(boxes), priors, force="last").tolist() == [[1, -1]]
+    assert ops.match(of(boxes), priors, force="bipartite").tolist() == [[0, 1]]
 
 
 def test_threshold_is_inclusive():
     priors = torch.tensor([[1.0, 1.0, 2.0, 2.0]])
     half = torch.tensor([[0.0, 0.0, 2.0, 1.0]])
-    assert ops.match([half], priors, 0.5, force="none").item() == 0
+    assert ops.match(of(half), priors, force="none").item() == 0
     above = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
-    assert ops.match([half], priors, above, force="none").item() == -1
-    assert ops.match([half], priors, above, 0.5, force="none").item() == -2
+    assert ops.match(of(half), priors, iou_threshold=above, force="none").item() == -1
+    assert ops.match(of(half), priors, iou_threshold=above, low_threshold=0.5, force="none").item() == -2
 
 
 def test_ignored_priors_have_label_minus_one():
     priors = torch.tensor([[1.0, 1.0, 2.0, 2.0], [9.0, 9.0, 2.0, 2.0]])
     half = torch.tensor([[0.0, 0.0, 2.0, 1.0]])
-    labels, deltas = ops.assign_targets([half], [torch.tensor([7])], priors, 0.75, 0.25, force="none")
-    assert labels.tolist() == [[-1, 0]]
-    assert not deltas.any()
+    target_deltas, target_labels = ops.assign_targets(
+        of(half), priors, iou_threshold=0.75, low_threshold=0.25, force="none"
+    )
+    assert target_labels.tolist() == [[-1, 0]]
+    assert not target_deltas.any()
 
 
-def test_both_forms_of_ragged_boxes_agree(generator, device):
+def test_regions_to_ignore_match_as_objects_do():
+    priors = torch.tensor([[1.0, 1.0, 2.0, 2.0], [9.0, 9.0, 2.0, 2.0]])
+    region = GroundTruth.from_lists([torch.tensor([[0.0, 0.0, 2.0, 2.0]])], [torch.tensor([-1])])
+    assert ops.assign_targets(region, priors, validate=True)[1].tolist() == [[-1, 0]]
+
+
+def test_targets_are_given_in_the_order_in_which_the_loss_takes_them(device, generator):
+    ground_truth = of(random_boxes(3, generator), random_boxes(2, generator)).to(device)
+    priors = ssd300_priors()[::50].contiguous().to(device)
+    deltas, logits = torch.zeros(2, len(priors), 4, device=device), torch.zeros(2, len(priors), 2, device=device)
+    loc, conf = ops.multibox_loss(deltas, logits, *ops.assign_targets(ground_truth, priors))
+    assert loc > 0
+    assert conf > 0
+
+
+def test_every_form_of_ground_truth_gives_the_same(generator, device):
     boxes = [random_boxes(n, generator).to(device) for n in (4, 0, 9)]
     labels = [torch.arange(1, len(b) + 1, device=device) for b in boxes]
     priors = ssd300_priors().to(device)
-    pair = (torch.cat(boxes), torch.tensor([0, 4, 4, 13], device=device))
-    assert torch.equal(ops.match(boxes, priors), ops.match(pair, priors))
-    for a, b in zip(
-        ops.assign_targets(boxes, labels, priors), ops.assign_targets(pair, torch.cat(labels), priors), strict=True
-    ):
-        assert torch.equal(a, b)
+    flat = GroundTruth.from_lists(boxes, labels)
+    dicts = [{"boxes": b, "labels": k, "name": "x"} for b, k in zip(boxes, labels, strict=True)]
+    assert torch.equal(ops.match(flat, priors), ops.match(dicts, priors))
+    expected = ops.assign_targets(flat, priors)
+    for form in (dicts, tuple(dicts), GroundTruth.from_targets(dicts), GroundTruth.from_targets(flat.to_targets())):
+        for a, b in zip(ops.assign_targets(form, priors), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_ground_truth_of_lists():
+    boxes = [torch.tensor([]), torch.tensor([[0, 1, 2, 3]]), torch.tensor([[4.0, 5, 6, 7], [1, 1, 2, 2]]).double()]
+    given = GroundTruth.from_lists(boxes, [torch.tensor([]), torch.tensor([3]).int(), torch.tensor([1, -1])])
+    assert given.num_images == 3
+    assert given.boxes.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [1, 1, 2, 2]]
+    assert given.boxes.dtype == torch.float64
+    assert given.labels.dtype == torch.int64
+    assert given.labels.tolist() == [3, 1, -1]
+    assert given.offsets.tolist() == [0, 0, 1, 3]
+    assert [len(target["boxes"]) for target in given.to_targets()] == [0, 1, 2]
+    assert given.to(torch.float16).labels.dtype == torch.int64
+    assert GroundTruth.from_lists(boxes).labels.tolist() == [1, 1, 1]
+    none = GroundTruth.from_lists([])
+    assert (none.num_images, none.boxes.shape, none.offsets.tolist()) == (0, (0, 4), [0])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "labels", "said"),
+    [
+        (torch.rand(2, 4), None, "must be lists with a tensor for each image"),
+        ([torch.rand(2, 4)], torch.ones(2), "must be lists with a tensor for each image"),
+        ([torch.rand(2, 4), torch.rand(4)], None, r"boxes of image 1 must be \[G, 4\], got \[4\]"),
+        ([torch.rand(2, 4)], [torch.ones(3)], r"labels must have \[2\] entries, as boxes, got \[3\]"),
+        ([torch.rand(2, 4)], [], r"labels must have \[2\] entries, as boxes, got \[\]"),
+    ],
+)
+def test_lists_that_are_no_ground_truth(boxes, labels, said):
+    with pytest.raises(ValueError, match=said):
+        GroundTruth.from_lists(boxes, labels)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_pixels_become_fractions_of_each_image(images, device, generator):
+    boxes = [random_boxes(n, generator) for n in (2, 0, 3)[:images]]
+    extents = torch.tensor([[300.0, 200, 300, 200], [7, 9, 7, 9], [64, 32, 64, 32]])[:images]
+    given = of(*boxes)
+    padded = given._replace(boxes=torch.cat([given.boxes, torch.rand(2, 4)]))  # rows of no image
+    found = padded.to(device).divided(extents.to(device)).boxes.cpu()
+    expected = torch.cat([b / extent for b, extent in zip(boxes, extents, strict=True)])
+    assert torch.equal(found[: len(expected)], expected)
+    assert torch.equal(given.divided(extents[:1]).boxes, given.boxes / extents[0])
 
 
 # The CUDA kernel: 64 priors a warp, 512 a block; 32 and 64 ground truths at a time, 512 of an image that claim in
@@ -120,7 +186,7 @@ def test_cuda_gives_the_cpu_result_at_every_size(gts, num_priors, force, dtype, 
     boxes = [random_boxes(n, generator, 0.02, 0.2).to(dtype) for n in (2, gts, 0)]
     labels = [torch.arange(1, len(b) + 1) for b in boxes]
     center_size = torch.cat([torch.rand(num_priors, 2, generator=generator), torch.full((num_priors, 2), 0.1)], 1)
-    inputs = {"gt_boxes": boxes, "gt_labels": labels, "priors": center_size.to(dtype), "force": force}
+    inputs = {"ground_truth": GroundTruth.from_lists(boxes, labels), "priors": center_size.to(dtype), "force": force}
     for a, b in zip(gpu(ops.assign_targets, inputs), ops.assign_targets(**inputs), strict=True):
         assert torch.equal(a, b)
 
@@ -147,55 +213,69 @@ def test_cuda_gives_images_no_rows_from_wrong_offsets_on(wrong, force, gpu, gene
     for begin, end in offsets.unfold(0, 2, 1).tolist():
         right = right and begin <= end <= len(boxes)
         rows.append(boxes[begin:end] if right else boxes[:0])
-    matches = gpu(ops.match, {"gt_boxes": (boxes, offsets), "priors": priors, "force": force})
-    assert torch.equal(matches, ops.match(rows, priors, force=force))
+    wrong = GroundTruth(boxes, torch.ones(len(boxes), dtype=torch.int64), offsets)
+    matches = gpu(ops.match, {"ground_truth": wrong, "priors": priors, "force": force})
+    assert torch.equal(matches, ops.match(of(*rows), priors, force=force))
 
 
 def test_an_image_without_objects_may_be_an_empty_tensor(device):
     priors = ssd300_priors().to(device)
     empty = torch.tensor([], device=device)
-    labels, deltas = ops.assign_targets([empty, empty], [empty.long(), empty.long()], priors)
-    assert labels.shape == (2, 8732)
-    assert not labels.any()
-    assert not deltas.any()
+    target_deltas, target_labels = ops.assign_targets(
+        GroundTruth.from_lists([empty, empty], [empty, empty]), priors.double()
+    )
+    assert target_labels.shape == (2, 8732)
+    assert target_deltas.dtype == torch.float64
+    assert not target_labels.any()
+    assert not target_deltas.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_an_empty_tensor_among_others_needs_no_dtype(dtype):
     box = torch.tensor([[0.25, 0.25, 0.75, 0.75]], dtype=dtype)
     priors = torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=dtype)
-    assert ops.match([torch.tensor([]), box], priors).tolist() == [[-1], [0]]
-    with pytest.raises(ValueError, match=r"gt_boxes\[1\] must have the dtype of the others"):
-        ops.match([box, box.float()], priors)
+    assert ops.match(of(torch.tensor([]), box), priors).tolist() == [[-1], [0]]
 
 
 def test_shapes_are_checked_before_values():
-    nan = torch.full((1, 4), torch.nan)
-    with pytest.raises(ValueError, match=r"gt_boxes must be \[G, 4\], got \[4\]"):
-        ops.match((nan[0], torch.tensor([0, 1])), torch.rand(3, 4), validate=True)
-    with pytest.raises(ValueError, match="must run from 0 to the number of gt_boxes"):
-        ops.match((nan, torch.tensor([0, 0])), torch.rand(3, 4), validate=True)
+    nan = of(torch.full((1, 4), torch.nan))
+    with pytest.raises(ValueError, match=r"ground_truth.boxes must be \[G, 4\], got \[4\]"):
+        ops.match(nan._replace(boxes=nan.boxes[0]), torch.rand(3, 4), validate=True)
+    with pytest.raises(ValueError, match="must begin with 0 and end with at most the number of boxes, 1, got 0 to 2"):
+        ops.match(nan._replace(offsets=torch.tensor([0, 2])), torch.rand(3, 4), validate=True)
 
 
 def test_number_of_classes_is_not_ignored():
-    arguments = [torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([1])], ssd300_priors()
+    arguments = of(torch.tensor([[0.1, 0.1, 0.5, 0.5]])), ssd300_priors()
     with pytest.raises(ValueError, match="num_classes needs validate=True"):
         ops.assign_targets(*arguments, num_classes=21)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         ops.assign_targets(*arguments, num_classes=1, validate=True)
 
 
-def test_valid_ground_truth_passes_validation(generator):
-    boxes = [random_boxes(3, generator), torch.empty(0, 4)]
-    labels = [torch.tensor([1, 2, 20]), torch.empty(0, dtype=torch.int64)]
-    ops.assign_targets(boxes, labels, ssd300_priors(), validate=True, num_classes=21)
+def test_valid_ground_truth_passes_validation(generator, recwarn):
+    boxes = [random_boxes(4, generator), torch.empty(0, 4)]
+    labels = [torch.tensor([1, 2, 20, -1]), torch.empty(0, dtype=torch.int64)]
+    given = GroundTruth.from_lists(boxes, labels)
+    padding = torch.full((1, 4), torch.nan)  # belongs to no image
+    given = GroundTruth(torch.cat([given.boxes, padding]), torch.cat([given.labels, torch.tensor([99])]), given.offsets)
+    ops.assign_targets(given, ssd300_priors(), validate=True, num_classes=21)
+    assert not recwarn
+
+
+def test_priors_that_are_corners_are_noticed(generator):
+    box_convert = pytest.importorskip("torchvision.ops").box_convert
+    given, priors = of(random_boxes(2, generator)), ssd300_priors()
+    for unit in (1, 300):
+        with pytest.warns(UserWarning, match="priors look like corners.*box_convert"):
+            ops.match(given, box_convert(priors * unit, "cxcywh", "xyxy"), validate=True)
 
 
 def test_targets_are_constants():
     box = torch.tensor([[0.1, 0.1, 0.5, 0.5]], requires_grad=True)
-    _, deltas = ops.assign_targets([box], [torch.tensor([1])], ssd300_priors())
+    target_deltas, _ = ops.assign_targets(of(box), ssd300_priors())
     with pytest.raises(RuntimeError, match="assign_targets is not differentiable: targets are constants"):
-        deltas.sum().backward()
+        target_deltas.sum().backward()
 
 
 def test_agrees_with_torchvision_matcher_on_ssd300(generator):
@@ -206,12 +286,4 @@ def test_agrees_with_torchvision_matcher_on_ssd300(generator):
     corners = box_convert(priors, "cxcywh", "xyxy")
     boxes = [random_boxes(n, generator) for n in (1, 5, 60)]
     expected = torch.stack([det_utils.SSDMatcher(0.5)(box_iou(image, corners)) for image in boxes])
-    assert torch.equal(ops.match(boxes, priors, force="last"), expected)
-
-
-def test_labels_of_the_other_form_are_refused():
-    boxes, priors = torch.tensor([[0.1, 0.1, 0.5, 0.5]]), ssd300_priors()
-    with pytest.raises(ValueError, match=r"gt_labels must be a list like gt_boxes, got one tensor \[1\]"):
-        ops.assign_targets([boxes], torch.tensor([1]), priors)
-    with pytest.raises(ValueError, match=r"must be one \[G\] tensor to go with \(boxes, offsets\), got a list"):
-        ops.assign_targets((boxes, torch.tensor([0, 1])), [torch.tensor([1])], priors)
+    assert torch.equal(ops.match(of(*boxes), priors, force="last"), expected)

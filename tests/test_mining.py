@@ -19,12 +19,12 @@ def images(draw):
     count = batch * n
     loss = draw(st.lists(st.sampled_from(VALUES), min_size=count, max_size=count))
     labels = draw(st.lists(st.sampled_from([-2, 0, 0, 0, 0, 1, 80, 2**32, -(2**32)]), min_size=count, max_size=count))
-    return (
-        torch.tensor(loss, dtype=draw(st.sampled_from([torch.float32, torch.float64]))).view(batch, n),
-        torch.tensor(labels, dtype=torch.int64).view(batch, n),
-        draw(st.sampled_from([0.0, 0.3, 1.0, 3.0, 1e308])),
-        draw(st.sampled_from([0, 1, 7, 30, 2**63 - 1])),
-    )
+    return {
+        "loss": torch.tensor(loss, dtype=draw(st.sampled_from([torch.float32, torch.float64]))).view(batch, n),
+        "target_labels": torch.tensor(labels, dtype=torch.int64).view(batch, n),
+        "neg_to_pos_ratio": draw(st.sampled_from([0.0, 0.3, 1.0, 3.0, 1e308])),
+        "min_negatives": draw(st.sampled_from([0, 1, 7, 30, 2**63 - 1])),
+    }
 
 
 @settings(deadline=None, max_examples=400)
@@ -35,7 +35,7 @@ def test_equals_reference(image, level):
     before = _C.simd_level()
     _C.set_simd_level(level)
     try:
-        assert torch.equal(ops.hard_negatives(*image), reference.hard_negatives(*image))
+        assert torch.equal(ops.hard_negatives(**image), reference.hard_negatives(**image))
     finally:
         _C.set_simd_level(before)
 
@@ -48,10 +48,10 @@ def mined(loss, labels, device="cpu", **arguments):
 def test_by_hand(device):
     loss, labels = [0.9, 0.1, 0.8, 0.3, 0.7, 0.2], [5, 0, 0, 0, -1, 0]
     assert mined(loss, labels, device) == [2, 3, 5]  # neither the positive nor the ignored one
-    assert mined(loss, labels, device, ratio=1.9) == [2]
-    assert mined(loss, labels, device, ratio=0.9) == []
-    assert mined(loss, labels, device, ratio=0.9, min_negatives=2) == [2, 3]
-    assert mined(loss, labels, device, ratio=9.0) == [1, 2, 3, 5]
+    assert mined(loss, labels, device, neg_to_pos_ratio=1.9) == [2]
+    assert mined(loss, labels, device, neg_to_pos_ratio=0.9) == []
+    assert mined(loss, labels, device, neg_to_pos_ratio=0.9, min_negatives=2) == [2, 3]
+    assert mined(loss, labels, device, neg_to_pos_ratio=9.0) == [1, 2, 3, 5]
 
 
 def test_lowest_prior_wins_a_tie(device):
@@ -73,7 +73,7 @@ def test_denormals_are_ordered(device):
 def test_labels_beyond_32_bits(device):
     # as a 32-bit word each of these looks like a 0, or has another sign
     labels = [2**32, 0, -(2**32), 2**31, -(2**31) - 1, 0, 2**63 - 1, -(2**63)]
-    assert mined([1.0] * 8, labels, device, ratio=0.4) == [1]  # of three positives
+    assert mined([1.0] * 8, labels, device, neg_to_pos_ratio=0.4) == [1]  # of three positives
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 10_240, 10_241, 100_000])
@@ -92,7 +92,7 @@ def test_every_bit_of_the_key_decides(n, share, device, generator):
 @pytest.mark.slow  # for the emulator: a thousand threads for each of a million images
 def test_a_million_images(device):
     labels = torch.tensor([[1, 0, 0], [0, 0, 0]], device=device).repeat(550_000, 1)
-    mask = ops.hard_negatives(torch.zeros(labels.shape, device=device), labels, ratio=1.0)
+    mask = ops.hard_negatives(torch.zeros(labels.shape, device=device), labels, neg_to_pos_ratio=1.0)
     assert torch.equal(mask, torch.tensor([[False, True, False], [False] * 3], device=device).repeat(550_000, 1))
 
 

@@ -7,13 +7,14 @@ torchvision = pytest.importorskip("torchvision")
 
 from model_cases import (  # noqa: E402
     NO_OBJECT,
-    PRIORS,
     SIZES,
+    SPEC,
     TwoLevels,
     assert_same_detections,
     photographs,
     pictures,
     small,
+    small_with_neck,
     spread,
     targets,
 )
@@ -21,7 +22,7 @@ from torchvision.models import detection  # noqa: E402
 from torchvision.models.detection.transform import GeneralizedRCNNTransform  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
-from ssd_ext import MultiBoxLoss, ops  # noqa: E402
+from ssd_ext import GroundTruth, MultiBoxLoss, export, ops  # noqa: E402
 from ssd_ext.models import MODELS, create, ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
 from ssd_ext.models.weights import _LAYOUTS  # noqa: E402
 
@@ -92,28 +93,30 @@ def test_images_to_detect_are_resized_as_those_to_train():
 @torch.no_grad()
 def test_shapes(name, priors, sizes):
     model = create(name, num_classes=3).eval()
-    assert model.priors.feature_sizes == tuple((n, n) for n in sizes)
+    assert model.prior_spec.feature_sizes == tuple((n, n) for n in sizes)
     deltas, logits = model.heads(torch.zeros(1, 3, *model.image_size))
     assert (deltas.shape, logits.shape) == ((1, priors, 4), (1, priors, 3))
-    assert model.prior_boxes.shape == (priors, 4)
+    assert model.priors.shape == (priors, 4)
     assert set(MODELS) == {"ssd300_vgg16", "ssd512_vgg16", "ssdlite320_mobilenet_v2"}
 
 
 def test_priors_of_torchvisions_ssdlite():
     anchors = detection.anchor_utils.DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
     model = ssdlite320_mobilenet_v2(num_classes=2)
-    sizes = [list(size) for size in model.priors.feature_sizes]
-    torch.testing.assert_close(model.prior_boxes, anchors._grid_default_boxes(sizes, [320, 320]))
+    sizes = [list(size) for size in model.prior_spec.feature_sizes]
+    torch.testing.assert_close(model.priors, anchors._grid_default_boxes(sizes, [320, 320]))
 
 
-def test_heads_are_ordered_as_the_priors():
-    model = small().eval()
+@pytest.mark.parametrize("make", [small, small_with_neck])
+def test_heads_are_ordered_as_the_priors(make):
+    """They look at the backbone's maps, or at the neck's."""
+    model = make().eval()
     x = torch.rand(2, 3, 32, 32)
+    maps = model.backbone(x) if model.neck is None else model.neck(model.backbone(x))
+    assert [m.shape[1] for m in maps] == ([8, 12] if model.neck is None else [6, 6])
     deltas, logits = model.heads(x)
     row = 0
-    for features, box, label, cell in zip(
-        model.backbone(x), model.box_heads, model.class_heads, PRIORS.per_cell(), strict=True
-    ):
+    for features, box, label, cell in zip(maps, model.box_heads, model.class_heads, SPEC.per_cell(), strict=True):
         boxes, labels = box(features), label(features)
         for y in range(features.shape[2]):
             for x_ in range(features.shape[3]):
@@ -121,7 +124,7 @@ def test_heads_are_ordered_as_the_priors():
                     torch.testing.assert_close(deltas[:, row], boxes[:, 4 * a : 4 * a + 4, y, x_])
                     torch.testing.assert_close(logits[:, row], labels[:, 4 * a : 4 * a + 4, y, x_])
                     row += 1
-    assert row == len(model.prior_boxes)
+    assert row == len(model.priors)
 
 
 def test_heads_copy_once():
@@ -137,7 +140,7 @@ def test_detections_are_in_pixels_of_each_image():
         head.weight.zero_()
     model.class_heads[1].bias.view(-1, 4)[3, 2] = 20  # the fourth shape of each cell is of class 2
     images = pictures(((60, 90), (31, 32)))
-    cx, cy, w, h = model.prior_boxes[8 * 8 * 4 :].view(-1, 6, 4)[:, 3].T
+    cx, cy, w, h = model.priors[8 * 8 * 4 :].view(-1, 6, 4)[:, 3].T
     expected = torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1).clamp(0, 1)
     for image, found in zip(images, model(images), strict=True):
         height, width = image.shape[1:]
@@ -151,12 +154,25 @@ def test_detections_are_in_pixels_of_each_image():
 def test_settings_are_those_of_detect():
     model = spread(small()).eval()
     model.score_threshold, model.iou_threshold, model.topk_per_class, model.max_detections = 0.3, 0.2, 7, 11
-    batch = model.transform(pictures(((32, 32),) * 2))
-    expected = ops.detect(*model.heads(batch), model.prior_boxes, 0.3, 0.2, 7, 11, window=(0, 0, 1, 1))
+    settings = {"score_threshold": 0.3, "iou_threshold": 0.2, "topk_per_class": 7, "max_detections": 11}
+    batch = torch.stack(pictures(((32, 32),) * 2))
+    predictions = model.heads(model.transform(batch))
+    expected = ops.detect(*predictions, model.priors, **settings, window=(0, 0, 1, 1))
     boxes, *rest = model.predict(batch)
     torch.testing.assert_close(boxes, expected[0] * 32)
     assert all(torch.equal(a, b) for a, b in zip(rest, expected[1:], strict=True))
     assert rest[-1].min() > 0
+
+
+@torch.no_grad()
+def test_a_batch_is_predicted_as_a_list():
+    """In pixels of the images as given, of which a tensor has one size and a list any."""
+    model = spread(small()).eval()
+    alike, others = pictures(((60, 90),) * 2), pictures(((60, 90), (31, 32)), seed=1)
+    for found, expected in zip(model.predict(torch.stack(alike)), model.predict(alike), strict=True):
+        assert torch.equal(found, expected)
+    right = model.predict(alike + others)[0][..., 2].amax(1)
+    assert (right[:3] > 32).all() and 0 < right[3] <= 32
 
 
 @pytest.mark.parametrize("name", ["small", "ssdlite320_mobilenet_v2"])
@@ -164,7 +180,7 @@ def test_not_square(name):
     size = (64, 160) if name == "small" else (160, 256)
     settings = {"num_classes": 4, "image_size": size}
     model = spread(small(**settings) if name == "small" else create(name, **settings))
-    assert model.prior_boxes.shape[0] == sum(model.priors.counts())
+    assert model.priors.shape[0] == sum(model.prior_spec.counts())
     sizes = ((50, 70), (80, 60))
     losses = model(pictures(sizes), targets(sizes, 4))
     sum(losses.values()).backward()
@@ -175,11 +191,11 @@ def test_not_square(name):
 
 
 def test_ssd300_and_512_of_other_sizes():
-    assert ssd300_vgg16(2, image_size=(300, 500)).priors.feature_sizes[-1] == (1, 4)
+    assert ssd300_vgg16(2, image_size=(300, 500)).prior_spec.feature_sizes[-1] == (1, 4)
     with pytest.raises(ValueError, match=r"image_size \(64, 300\) does not suit the backbone"):
         ssd300_vgg16(2, image_size=(64, 300))
-    with pytest.raises(ValueError, match="priors are for 6 levels, the backbone has 7"):
-        ssd512_vgg16(2, priors=ssd300_vgg16(2).priors)
+    with pytest.raises(ValueError, match="prior_spec has 6 levels, but there are 7 maps"):
+        ssd512_vgg16(2, prior_spec=ssd300_vgg16(2).prior_spec)
 
 
 @pytest.mark.parametrize("empty", [[0], [0, 1]])
@@ -191,6 +207,31 @@ def test_images_without_objects(empty):
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
     assert (losses["classification"] > 0) == (len(empty) == 1)
+
+
+@pytest.mark.parametrize(
+    "sizes", [((32, 32),) * 3, ((40, 50),) * 3, ((32, 32), (40, 50), (90, 31))], ids=["model's", "equal", "different"]
+)
+def test_the_form_of_the_ground_truth_does_not_matter(sizes):
+    """To the bit. Boxes are in pixels of their image; rows after the last image's belong to none."""
+    model, images = small(), pictures(sizes)
+    objects = targets(sizes, 4)
+    objects[1] = NO_OBJECT
+    ground_truth = GroundTruth.from_targets(objects)
+    padded = ground_truth._replace(
+        boxes=torch.cat([ground_truth.boxes, torch.tensor([[1.0, 2, 30, 31], [torch.nan] * 4])]),
+        labels=torch.cat([ground_truth.labels, torch.tensor([3, 99])]),
+    )
+    expected = model(images, objects)
+    extents = [torch.tensor([w, h, w, h]) for h, w in sizes]
+    relative = [{**of, "boxes": of["boxes"] / extent} for of, extent in zip(objects, extents, strict=True)]
+    losses = model.loss(*model.heads(model.transform(images)), relative, model.priors)
+    assert tuple(expected.values()) == losses and min(losses) > 0
+    for form in (ground_truth, padded):
+        assert model(images, form) == expected
+    if len(set(sizes)) == 1:
+        batch = torch.stack(images)
+        assert model(batch, padded) == model(batch, objects)
 
 
 def test_a_loss_that_is_not_finite_is_seen():
@@ -238,36 +279,30 @@ def test_autocast(name):
     assert all(image["boxes"].dtype == torch.float32 for image in found)
 
 
+@pytest.mark.parametrize("method", ["heads", "predict"])
 @torch.no_grad()
-def test_compile():
+def test_compile(method):
     model = spread(small()).eval()
-    batch = model.transform(pictures())
-    for method in (model.heads, model.predict):
-        compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
-        for found, expected in zip(compiled(batch), method(batch), strict=True):
-            torch.testing.assert_close(found, expected)
+    batch = torch.stack(pictures(((32, 32) if method == "heads" else (40, 50),) * 3))
+    compiled = torch.compile(getattr(model, method), fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(batch), getattr(model, method)(batch), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
 def test_export():
-    class Detector(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = spread(small())
-
-        def forward(self, batch):
-            return self.model.predict(batch)
-
-    detector = Detector().eval()
-    batches = [detector.model.transform(pictures(((32, 32),) * n)) for n in (2, 3)]
-    exported = torch.export.export(detector, (batches[0],), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
-    for batch in batches:
-        for found, expected in zip(exported(batch), detector(batch), strict=True):
+    model = spread(small()).eval()
+    exported = export.program(model, (40, 50)).module()
+    for length in (2, 3):
+        batch = torch.stack(pictures(((40, 50),) * length))
+        for found, expected in zip(exported(batch), model.predict(batch), strict=True):
             torch.testing.assert_close(found, expected)
 
 
 def test_state_holds_no_constants():
-    assert {name.split(".")[0] for name in small().state_dict()} == {"backbone", "box_heads", "class_heads"}
+    parts = {"backbone", "box_heads", "class_heads"}
+    assert {name.split(".")[0] for name in small().state_dict()} == parts
+    assert {name.split(".")[0] for name in small_with_neck().state_dict()} == parts | {"neck"}
 
 
 IMAGE, TARGET = pictures(((32, 32),))[0], targets(((32, 32),), 4)[0]
@@ -277,12 +312,18 @@ IMAGE, TARGET = pictures(((32, 32),))[0], targets(((32, 32),), 4)[0]
     ("images", "objects", "message"),
     [
         ([IMAGE], None, "targets must be given in training mode"),
-        ([IMAGE], [], "targets must be as many as images, 1, got 0"),
+        ([IMAGE], [], "targets must be of the 1 images given, got those of 0"),
         ([(IMAGE * 255).byte()], [TARGET], r"images\[0\] must be RGB in 0..1 of floating point, got torch.uint8"),
         ([IMAGE, IMAGE[:1]], [TARGET] * 2, r"images\[1\] must be \[3, h, w\], got \[1, 32, 32\]"),
         (IMAGE, [TARGET] * 3, r"images must be \[B, 3, h, w\], got \[3, 32, 32\]"),
-        ([IMAGE], [{**TARGET, "boxes": torch.zeros(2, 5)}], r"boxes of targets\[0\] must be \[G, 4\], got \[2, 5\]"),
-        ([IMAGE], [{**TARGET, "labels": torch.ones(1, dtype=torch.int64)}], "gt_labels must have"),
+        ([IMAGE], [{**TARGET, "boxes": torch.zeros(2, 5)}], r"boxes of image 0 must be \[G, 4\], got \[2, 5\]"),
+        (
+            [IMAGE],
+            [{**TARGET, "labels": torch.ones(1, dtype=torch.int64)}],
+            r"labels must have \[8\] entries, as boxes, got \[1\]",
+        ),
+        ([IMAGE], [{"boxes": TARGET["boxes"]}], r"targets\[0\] must be a dict with boxes and labels, got \['boxes'\]"),
+        ([IMAGE], [TARGET["boxes"]], "ground truth must be a GroundTruth or a list of dicts .*, got a list of tensors"),
     ],
 )
 def test_wrong_input(images, objects, message):
@@ -294,7 +335,6 @@ def test_wrong_input(images, objects, message):
     ("settings", "message"),
     [
         ({"num_classes": 1}, "num_classes counts the background and must be 2 or more, got 1"),
-        ({"channels": [8, 8]}, r"the backbone's maps, \[8, 12\], got \[8, 8\]"),
         ({"image_size": (0, 32)}, r"image_size \(0, 32\) does not suit the backbone"),
     ],
 )
@@ -303,9 +343,13 @@ def test_wrong_settings(settings, message):
         small(**settings)
 
 
-def test_a_batch_of_another_size():
+def test_predictions_of_another_size():
+    model = small()
+    predictions = model.heads(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match=r"an image of 32x32 has 8x8x4 \(256\) \+ 4x4x6 \(96\) = 352"):
-        small().eval().predict(torch.zeros(1, 3, 64, 64))
+        model.postprocess(*predictions)
+    with pytest.raises(ValueError, match="predictions for 1408 priors"):
+        model.losses(*predictions, GroundTruth.from_targets([TARGET]))
 
 
 def test_unknown_name():

@@ -16,7 +16,7 @@ import ssd_ext
 from opinfo.inputs import ssd300_priors, synthetic_gts
 from opinfo.multibox_loss import MULTIBOX_LOSS
 from opinfo.spec import FLOATS, close, convert
-from ssd_ext import _C, MultiBoxLoss, ops, reference
+from ssd_ext import _C, GroundTruth, MultiBoxLoss, ops, reference
 
 CASES = [pytest.param(case, id=case.name) for case in MULTIBOX_LOSS.cases if not case.benchmark]
 
@@ -31,7 +31,7 @@ def gradients(op, weights=(1.0, 1.0), **inputs):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_agree_with_float64_reference(case, device, generator):
     made = case.make(generator)
-    count = max(1, int((made["labels"] > 0).sum()))  # undoes the division, so that rows have gradients about 1
+    count = max(1, int((made["target_labels"] > 0).sum()))  # undoes the division, so that rows have gradients about 1
     for dtype in FLOATS:
         inputs = convert(made, dtype)
         found = gradients(ops.multibox_loss, (count, -0.5 * count), **convert(inputs, device=device))
@@ -74,13 +74,13 @@ def random_images(batch, priors, classes, generator):
         "deltas": torch.randn(batch, priors, 4, generator=generator),
         "logits": torch.randn(batch, priors, classes, generator=generator),
         "target_deltas": torch.randn(batch, priors, 4, generator=generator),
-        "labels": (torch.rand(batch, priors, generator=generator) < 0.01).long(),
+        "target_labels": (torch.rand(batch, priors, generator=generator) < 0.01).long(),
     }
 
 
 def test_more_priors_than_a_gpu_block_has_registers_for(gpu, generator):
     inputs = random_images(2, 10_300, 2, generator)
-    inputs["labels"][0, :10_240] = 0  # none of the first batch of priors is kept
+    inputs["target_labels"][0, :10_240] = 0  # none of the first batch of priors is kept
     inputs["logits"][0, :10_240, 0] += 100
     found = gpu(partial(gradients, ops.multibox_loss), inputs)
     assert_same_bits(found, gradients(ops.multibox_loss, **inputs))
@@ -123,7 +123,7 @@ def test_more_images_than_a_gpu_grid_is_high(gpu, generator):
 def selected(logits, labels, device="cpu", **arguments):
     """``[B, P]``: whose logits have a gradient."""
     zeros = torch.zeros(*labels.shape, 4, dtype=logits.dtype)
-    inputs = {"deltas": zeros, "logits": logits, "target_deltas": zeros, "labels": labels}
+    inputs = {"deltas": zeros, "logits": logits, "target_deltas": zeros, "target_labels": labels}
     _, gradient = gradients(ops.multibox_loss, **convert(inputs, device=device), **arguments)
     return (gradient != 0).any(-1).cpu()
 
@@ -135,7 +135,7 @@ def test_selects_as_hard_negatives(spread, min_negatives, device, generator):
     logits = torch.randn(3, 300, 21, generator=generator) * spread
     labels = torch.where(torch.rand(3, 300, generator=generator) < 0.05, 4, 0)
     losses = -logits.double().log_softmax(-1)[..., 0]
-    mask = reference.hard_negatives(losses, labels, 3.0, min_negatives)
+    mask = reference.hard_negatives(losses, labels, min_negatives=min_negatives)
     found = selected(logits, labels, device, min_negatives=min_negatives)
     # a loss below what float32 holds has no gradient either
     told = losses > 1e-30
@@ -172,8 +172,8 @@ def images(draw):
         "deltas": rows.view(batch, n, 4),
         "logits": torch.tensor(logits).view(batch, n, classes),
         "target_deltas": torch.zeros(batch, n, 4),
-        "labels": torch.tensor(labels).view(batch, n),
-        "ratio": draw(st.sampled_from([0.0, 0.5, 3.0])),
+        "target_labels": torch.tensor(labels).view(batch, n),
+        "neg_to_pos_ratio": draw(st.sampled_from([0.0, 0.5, 3.0])),
         "min_negatives": draw(st.sampled_from([0, 2, 20])),
         "normalize": draw(st.sampled_from(["batch", "image"])),
     }
@@ -202,7 +202,7 @@ def test_by_hand(device):
     logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0], [1.0, 0.0, 0.0]]], device=device)
     labels = torch.tensor([[0, 1, 0, -1]], device=device)
     deltas = torch.tensor([[[9.0] * 4, [0.5, -2.0, 0.0, 1.0], [9.0] * 4, [9.0] * 4]], device=device)
-    loc, conf = ops.multibox_loss(deltas, logits, torch.zeros_like(deltas), labels, ratio=1.0, alpha=2.0)
+    loc, conf = ops.multibox_loss(deltas, logits, torch.zeros_like(deltas), labels, neg_to_pos_ratio=1.0, alpha=2.0)
     assert loc.item() == pytest.approx(2 * (0.125 + 1.5 + 0 + 0.5))
     positive = math.log(1 + 2 * math.exp(-1))
     mined = math.log(2 + math.exp(3))  # prior 2: the other negative is easier, prior 3 ignored
@@ -215,12 +215,14 @@ def test_dividing(normalize, device):
     logits = torch.zeros(2, 8, 2, device=device)
     labels = torch.tensor([[1] + [0] * 7, [1] * 3 + [0] * 5], device=device)
     deltas = torch.ones(2, 8, 4, device=device)
-    loc, conf = ops.multibox_loss(deltas, logits, torch.zeros_like(deltas), labels, ratio=1.0, normalize=normalize)
+    loc, conf = ops.multibox_loss(
+        deltas, logits, torch.zeros_like(deltas), labels, neg_to_pos_ratio=1.0, normalize=normalize
+    )
     assert loc.item() == pytest.approx(2.0)
     assert conf.item() == pytest.approx(2 * math.log(2))
     labels[0] = 0  # nothing counts in an image without positives, unless min_negatives says so
     loc, conf = ops.multibox_loss(
-        deltas, logits, torch.zeros_like(deltas), labels, ratio=0.0, min_negatives=2, normalize=normalize
+        deltas, logits, torch.zeros_like(deltas), labels, neg_to_pos_ratio=0.0, min_negatives=2, normalize=normalize
     )
     assert loc.item() == pytest.approx(2.0 if normalize == "batch" else 1.0)
     terms = 7 / 3 if normalize == "batch" else (2 + 5 / 3) / 2
@@ -256,7 +258,9 @@ def test_gradient_has_the_layout_of_the_logits(generator):
 def test_one_of_two_losses(device, generator):
     inputs = MULTIBOX_LOSS.cases[0].make(generator)
     deltas, logits = (inputs[name].to(device).requires_grad_() for name in ("deltas", "logits"))
-    loc, conf = ops.multibox_loss(deltas, logits, inputs["target_deltas"].to(device), inputs["labels"].to(device))
+    loc, conf = ops.multibox_loss(
+        deltas, logits, inputs["target_deltas"].to(device), inputs["target_labels"].to(device)
+    )
     loc.backward(retain_graph=True)
     assert deltas.grad.any()
     assert logits.grad is None or not logits.grad.any()
@@ -273,7 +277,7 @@ def test_targets_are_constants(generator):
 
 def test_a_label_that_is_no_class_shows_on_a_gpu(gpu, generator):
     inputs = MULTIBOX_LOSS.cases[0].make(generator)
-    inputs["labels"][-1, -1] = inputs["logits"].size(2)  # the next logit is out of bounds
+    inputs["target_labels"][-1, -1] = inputs["logits"].size(2)  # the next logit is out of bounds
     loc, conf = gpu(ops.multibox_loss, inputs)
     assert torch.isfinite(loc)
     assert torch.isnan(conf)
@@ -286,7 +290,7 @@ def test_a_label_that_is_no_class_shows_on_a_gpu(gpu, generator):
 # ---- MultiBoxLoss -------------------------------------------------------------------------------
 
 
-def ground_truth(generator):
+def objects(generator):
     boxes, labels = synthetic_gts(4, generator)
     boxes[2], labels[2] = boxes[2][:0], labels[2][:0]  # an image without objects
     return boxes, labels
@@ -294,7 +298,7 @@ def ground_truth(generator):
 
 @pytest.mark.parametrize("normalize", ["batch", "image"])
 def test_module_from_raw_ground_truth(normalize, device, generator):
-    boxes, labels = ground_truth(generator)
+    boxes, labels = objects(generator)
     priors = ssd300_priors()[::40].contiguous()
     deltas, logits = (
         torch.randn(4, len(priors), 4, generator=generator),
@@ -304,33 +308,33 @@ def test_module_from_raw_ground_truth(normalize, device, generator):
     assert not module.state_dict()
     assert "force='last'" in repr(module)
     on = partial(convert, device=device)
-    losses = module(on(deltas), on(logits), on(boxes), on(labels))
-    target_labels, targets = reference.assign_targets(boxes, labels, priors, force="last")
+    ground_truth = GroundTruth.from_lists(boxes, labels)
+    losses = module(on(deltas), on(logits), on(ground_truth))
+    targets = reference.assign_targets(ground_truth, priors, force="last")
     expected = reference.multibox_loss(
-        *convert([deltas, logits, targets], torch.float64), target_labels, alpha=0.5, normalize=normalize
+        *convert([deltas, logits, *targets], torch.float64), alpha=0.5, normalize=normalize
     )
     assert close(losses, expected, {torch.float32: 1e-5}) is None
-    offsets = torch.tensor([0, *[len(b) for b in boxes]]).cumsum(0)
-    flat = (on(torch.cat(boxes)), on(offsets))
     per_call = MultiBoxLoss(force="last", alpha=0.5, normalize=normalize)
-    assert_same_bits(per_call(on(deltas), on(logits), flat, on(torch.cat(labels)), on(priors)), losses)
+    dicts = [{"boxes": on(b), "labels": on(k)} for b, k in zip(boxes, labels, strict=True)]
+    assert_same_bits(per_call(on(deltas), on(logits), dicts, on(priors)), losses)
 
 
 def test_module_trains_on_images_without_objects(device):
     priors = ssd300_priors()[::100].contiguous().to(device)
     deltas = torch.zeros(2, len(priors), 4, device=device, requires_grad=True)
     logits = torch.zeros(2, len(priors), 3, device=device, requires_grad=True)
-    nothing = [torch.empty(0, 4, device=device)] * 2, [torch.empty(0, dtype=torch.int64, device=device)] * 2
-    sum(MultiBoxLoss(priors)(deltas, logits, *nothing)).backward()
+    nothing = GroundTruth.from_lists([torch.empty(0, 4, device=device)] * 2)
+    sum(MultiBoxLoss(priors)(deltas, logits, nothing)).backward()
     assert not logits.grad.any()
-    sum(MultiBoxLoss(priors, min_negatives=5)(deltas, logits, *nothing)).backward()
+    sum(MultiBoxLoss(priors, min_negatives=5)(deltas, logits, nothing)).backward()
     assert logits.grad.any(-1).sum(1).tolist() == [5, 5]
     assert not deltas.grad.any()
 
 
 def test_module_takes_priors_once():
     priors = torch.rand(3, 4)
-    heads = torch.zeros(1, 3, 4), torch.zeros(1, 3, 2), [torch.empty(0, 4)], [torch.empty(0).long()]
+    heads = torch.zeros(1, 3, 4), torch.zeros(1, 3, 2), GroundTruth.from_lists([torch.empty(0, 4)])
     for module, more in [(MultiBoxLoss(), ()), (MultiBoxLoss(priors), (priors,))]:
         with pytest.raises(ValueError, match="priors must be given"):
             module(*heads, *more)
@@ -338,15 +342,15 @@ def test_module_takes_priors_once():
 
 def test_module_validates_labels():
     heads = torch.zeros(1, 1, 4), torch.zeros(1, 1, 3)
-    gts = [torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([3])]
+    one = GroundTruth.from_lists([torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([3])])
     with pytest.raises(ValueError, match=r"label must be in 1\.\.2"):
-        MultiBoxLoss(torch.tensor([[0.3, 0.3, 0.4, 0.4]]), validate=True)(*heads, *gts)
+        MultiBoxLoss(torch.tensor([[0.3, 0.3, 0.4, 0.4]]), validate=True)(*heads, one)
 
 
 def large_gradient(classes=81):
     inputs = MULTIBOX_LOSS.scaling(8)
     inputs["logits"] = inputs["logits"][..., :classes].contiguous()
-    inputs["labels"].clamp_(max=classes - 1)
+    inputs["target_labels"].clamp_(max=classes - 1)
     return gradients(ops.multibox_loss, **inputs)[1]
 
 
@@ -379,7 +383,7 @@ def test_memory_of_a_large_gradient_is_kept_for_the_next_one():
 def test_a_large_gradient_has_the_layout_of_its_logits():
     inputs = MULTIBOX_LOSS.scaling(4)
     for logits in (inputs["logits"].transpose(1, 2).contiguous().transpose(1, 2), inputs["logits"][:, :, ::2]):
-        case = {**inputs, "logits": logits, "labels": inputs["labels"].clamp(max=logits.shape[2] - 1)}
+        case = {**inputs, "logits": logits, "target_labels": inputs["target_labels"].clamp(max=logits.shape[2] - 1)}
         found = gradients(ops.multibox_loss, **case)[1]
         assert found.stride() == torch.empty_like(logits).stride()
         assert torch.equal(found, gradients(ops.multibox_loss, **{**case, "logits": logits.contiguous()})[1])
@@ -388,7 +392,11 @@ def test_a_large_gradient_has_the_layout_of_its_logits():
 def test_both_gradients_of_a_large_batch_keep_their_memory():
     _C.release_memory()
     inputs = MULTIBOX_LOSS.scaling(64)
-    inputs = {**inputs, "logits": inputs["logits"][..., :21].contiguous(), "labels": inputs["labels"].clamp(max=20)}
+    inputs = {
+        **inputs,
+        "logits": inputs["logits"][..., :21].contiguous(),
+        "target_labels": inputs["target_labels"].clamp(max=20),
+    }
     addresses = []
     for _ in range(3):
         for_deltas, for_logits = gradients(ops.multibox_loss, **inputs)
@@ -411,7 +419,7 @@ inputs = {
     "deltas": torch.zeros(2, 1_000_000, 4),
     "logits": torch.ones(2, 1_000_000, 3, requires_grad=True),
     "target_deltas": torch.zeros(2, 1_000_000, 4),
-    "labels": (torch.arange(2_000_000).view(2, -1) % 1000 == 0).long(),
+    "target_labels": (torch.arange(2_000_000).view(2, -1) % 1000 == 0).long(),
 }
 
 def leave(mebibytes):
@@ -531,5 +539,5 @@ def test_settings_are_checked_when_they_are_given():
 def test_logits_of_one_image_are_refused_with_validation_too():
     with pytest.raises(ValueError, match=r"logits must be \[B, P, C\], got \[4, 3\]"):
         MultiBoxLoss(torch.rand(4, 4), validate=True)(
-            torch.zeros(1, 4, 4), torch.zeros(4, 3), [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)]
+            torch.zeros(1, 4, 4), torch.zeros(4, 3), GroundTruth.from_lists([torch.zeros(0, 4)])
         )

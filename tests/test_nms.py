@@ -1,4 +1,4 @@
-"""What nms, batched_nms and nms_padded do beyond the generic suite."""
+"""What nms, batched_nms and their padded forms do beyond the generic suite."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_agrees_with_reference_on_ties(candidates, threshold):
     assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(*double, threshold))
     expected = reference.batched_nms(*double, idxs, threshold)
     assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
-    keep, count = ops.nms_padded(boxes, scores, threshold, idxs=idxs)
+    keep, count = ops.batched_nms_padded(boxes, scores, idxs, threshold)
     assert torch.equal(keep[:count], expected)
 
 
@@ -52,8 +52,9 @@ def test_class_ids_above_what_half_holds(device):
 
 
 def test_classes_are_not_optional():
-    with pytest.raises(ValueError, match=r"idxs must be \[N\] int64, got None"):
-        ops.batched_nms(torch.rand(3, 4), torch.rand(3), None, 0.5)
+    for op in (ops.batched_nms, ops.batched_nms_padded):
+        with pytest.raises(ValueError, match=r"idxs must be \[N\] integers, got None"):
+            op(torch.rand(3, 4), torch.rand(3), None, 0.5)
 
 
 def test_threshold_is_exclusive():
@@ -95,9 +96,10 @@ def test_a_chain_is_resolved_in_order():
 
 
 def _assert_cpu_result(gpu, boxes, scores, idxs=None):
-    inputs = {"boxes": boxes, "scores": scores, "iou_threshold": 0.5, "idxs": idxs}
-    keep, count = gpu(ops.nms_padded, inputs)
-    expected, expected_count = ops.nms_padded(**inputs)
+    inputs = {"boxes": boxes, "scores": scores, "iou_threshold": 0.5} | ({} if idxs is None else {"idxs": idxs})
+    op = ops.nms_padded if idxs is None else ops.batched_nms_padded
+    keep, count = gpu(op, inputs)
+    expected, expected_count = op(**inputs)
     assert torch.equal(keep, expected)
     assert torch.equal(count, expected_count)
 

@@ -291,8 +291,6 @@ def test_captures_in_a_cuda_graph_without_host_sync(op, case, generator):
         op.op(**inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    if any(isinstance(value, list) for value in inputs.values()):
-        return  # a list's lengths come from the host: for a graph there is (boxes, offsets)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = op.op(**inputs)
@@ -353,7 +351,7 @@ def test_descriptions_cover_every_op():
     import ssd_ext
 
     described = {op.name for op in OPS}
-    assert described == set(ssd_ext.ops.__all__)
+    assert described == set(ssd_ext.ops.__all__) - {"unpad"}  # which is a loop in Python
     assert described <= set(ssd_ext.reference.__all__)
     for op in OPS:
         assert op.op.__doc__

@@ -38,15 +38,15 @@ def corners(boxes):
 def test_ssd300_counts(spec):
     assert spec.counts() == [5776, 2166, 600, 150, 36, 4]
     assert spec.per_cell() == [4, 6, 6, 6, 4, 4]
-    assert spec.boxes().shape == (8732, 4)
-    assert spec.boxes().dtype == torch.float32
+    assert spec.priors().shape == (8732, 4)
+    assert spec.priors().dtype == torch.float32
 
 
 @pytest.mark.parametrize("spec", SSD512)
 def test_ssd512_counts(spec):
     assert spec.counts() == [16384, 6144, 1536, 384, 96, 16, 4]
     assert spec.per_cell() == [4, 6, 6, 6, 6, 4, 4]
-    assert spec.boxes().shape == (24564, 4)
+    assert spec.priors().shape == (24564, 4)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_formula_of_the_paper():
 
 def test_shapes_and_order_of_a_cell():
     spec = PriorSpec((100, 200), ((2, 2), (1, 1)), (0.2, 0.45, 1), ((4,), ()), clip=False)
-    boxes = spec.boxes(dtype=torch.float64)
+    boxes = spec.priors(dtype=torch.float64)
     square, between, wide, tall = boxes[:4]
     assert square.tolist() == pytest.approx([0.25, 0.25, 0.2, 0.2])
     assert between.tolist() == pytest.approx([0.25, 0.25, 0.3, 0.3])  # sqrt(0.2 * 0.45)
@@ -81,7 +81,7 @@ def test_shapes_and_order_of_a_cell():
     assert tall.tolist() == pytest.approx([0.25, 0.25, 0.1, 0.4])
     assert boxes[4:16:4, :2].tolist() == [[0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
     assert boxes[16:, 2].tolist() == pytest.approx([0.45, math.sqrt(0.45)])
-    pixels = spec.boxes(dtype=torch.float64, pixels=True)
+    pixels = spec.priors(dtype=torch.float64, pixels=True)
     assert torch.equal(pixels, boxes * torch.tensor([200, 100, 200, 100]))
 
 
@@ -89,9 +89,9 @@ def test_shapes_and_order_of_a_cell():
 def test_agrees_with_torchvision(name):
     spec = PRESETS[name]
     expected = torchvision_priors(spec)
-    torch.testing.assert_close(corners(spec.boxes(pixels=True)), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(corners(spec.priors(pixels=True)), expected, rtol=0, atol=2e-4)
     evenly = dataclasses.replace(spec, steps=None, clip=False)
-    torch.testing.assert_close(corners(evenly.boxes(pixels=True)), torchvision_priors(evenly), rtol=0, atol=2e-4)
+    torch.testing.assert_close(corners(evenly.priors(pixels=True)), torchvision_priors(evenly), rtol=0, atol=2e-4)
 
 
 def test_torchvisions_ssd300_is_the_coco_preset():
@@ -109,24 +109,24 @@ def test_other_image_sizes():
     assert SSD512_COCO.counts((512, 640)) == [20480, 7680, 1920, 480, 120, 24, 8]
     assert SSD300_COCO.counts((300, 300)) == SSD300_COCO.counts()
     sizes = [(64, 80), (32, 40), (16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
-    boxes = SSD512_COCO.boxes((512, 640), pixels=True)
-    assert torch.equal(boxes, SSD512_COCO.boxes((512, 640), sizes, pixels=True))
+    boxes = SSD512_COCO.priors((512, 640), pixels=True)
+    assert torch.equal(boxes, SSD512_COCO.priors((512, 640), sizes, pixels=True))
     torch.testing.assert_close(corners(boxes), torchvision_priors(SSD512_COCO, (512, 640), sizes), rtol=0, atol=2e-4)
-    mobile = SSD300_COCO.boxes((200, 320), [(20, 20), (10, 10), (5, 5), (3, 3), (2, 2), (1, 3)])
+    mobile = SSD300_COCO.priors((200, 320), [(20, 20), (10, 10), (5, 5), (3, 3), (2, 2), (1, 3)])
     assert len(mobile) == 400 * 4 + 100 * 6 + 25 * 6 + 9 * 6 + 4 * 4 + 3 * 4
 
 
 def test_clip_bounds_sizes_to_the_image():
-    clipped, free = SSD300_COCO.boxes(), dataclasses.replace(SSD300_COCO, clip=False).boxes()
+    clipped, free = SSD300_COCO.priors(), dataclasses.replace(SSD300_COCO, clip=False).priors()
     assert clipped[:, 2:].max() == 1
     assert free[:, 2:].max() == pytest.approx(0.87 * 2**0.5)
     assert torch.equal(clipped[:, :2], free[:, :2])
 
 
 def test_dtype_rounds_once():
-    exact = SSD300_COCO.boxes(dtype=torch.float64)
+    exact = SSD300_COCO.priors(dtype=torch.float64)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert torch.equal(SSD300_COCO.boxes(dtype=dtype), exact.to(dtype))
+        assert torch.equal(SSD300_COCO.priors(dtype=dtype), exact.to(dtype))
 
 
 def test_check_lists_every_level():
@@ -163,10 +163,10 @@ def test_wrong_spec_is_refused(changes, match):
 
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match=r"feature_sizes must have 6 levels: got \[\(38, 38\)\]"):
-        SSD300_COCO.boxes(feature_sizes=[(38, 38)])
+        SSD300_COCO.priors(feature_sizes=[(38, 38)])
     with pytest.raises(ValueError, match=r"feature_sizes must be positive"):
-        SSD300_COCO.boxes(feature_sizes=[(38, 38)] * 5 + [(0, 1)])
+        SSD300_COCO.priors(feature_sizes=[(38, 38)] * 5 + [(0, 1)])
     with pytest.raises(ValueError, match=r"image_size must be positive"):
-        SSD300_COCO.boxes((0, 300))
+        SSD300_COCO.priors((0, 300))
     with pytest.raises(ValueError, match=r"without steps, an image of \(300, 400\) needs its feature_sizes"):
-        dataclasses.replace(SSD300_COCO, steps=None).boxes((300, 400))
+        dataclasses.replace(SSD300_COCO, steps=None).priors((300, 400))

@@ -1,10 +1,10 @@
 """The code of the README and of the pages in docs runs, and every op is named."""
 
-import importlib
 import inspect
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,28 +14,46 @@ import torch
 import opinfo
 from benchmarks import readme, report
 from benchmarks.measure import GRAPH, OURS
-from ssd_ext import ops
+from ssd_ext import MultiBoxLoss, ops
+from ssd_ext.priors import PriorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "examples" / "README.md"]
 
 
-def run(text):
-    """The names after the one block of Python in a page."""
+def python_of(page):
+    """The blocks of Python in a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(page):
+    """The names after all blocks of Python in a page, one after another."""
     torch.manual_seed(0)
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
-    exec(compile(code, "a page", "exec"), names)
+    for code in python_of(ROOT / page):
+        exec(compile(code, page, "exec"), names)
     return names
 
 
-def test_code_runs(capsys):
-    names = run(README)
-    assert names["labels"].shape == (2, 5000)
-    assert (names["labels"][0] == 3).any()
-    assert not names["labels"][1].any()
-    assert len(names["image"]["labels"]) == 200
+def test_code_of_every_page_is_run_by_a_test():
+    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_readme.py", "test_export.py"))
+    with_code = [str(page.relative_to(ROOT)) for page in PAGES if python_of(page)]
+    assert len(with_code) > 8
+    assert [page for page in with_code if f'"{page}"' not in tests] == []
+
+
+def test_what_the_readme_trains_is_what_it_detects(capsys):
+    names = run("README.md")
+    assert names["loc"] > 0 and names["conf"] > 0
+    target_labels = names["target_labels"]
+    assert target_labels.shape == (2, 5000)
+    assert (target_labels[0] == 3).any() and not target_labels[1].any()
+    first, second = ops.unpad(*names["found"])
+    assert first["labels"].tolist() == [3]
+    torch.testing.assert_close(first["boxes"], torch.tensor([[0.1, 0.2, 0.5, 0.6]]), atol=1e-3, rtol=0)
+    assert len(second["labels"]) == 0
 
 
 def test_table_names_every_op():
@@ -43,39 +61,58 @@ def test_table_names_every_op():
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(ops.__all__)
 
 
-def test_code_of_the_training_page_runs():
+def test_code_of_the_page_on_backbones_runs(capsys):
     pytest.importorskip("torchvision")
-    model = run((DOCS / "training.md").read_text())["model"]
-    (found,) = model.eval()([torch.rand(3, 50, 70)])
-    assert set(found) == {"boxes", "scores", "labels"}
+    names = run("docs/backbones.md")
+    assert {name.split(".")[0] for name in names["report"].skipped} == {"classifier"}
+    for model in (names["model"], names["pyramid"]):
+        assert [tuple(size) for size in model.prior_spec.feature_sizes] == [(20, 20), (10, 10), (5, 5), (3, 3)]
+        (found,) = model.eval()([torch.rand(3, 50, 70)])
+        assert set(found) == {"boxes", "scores", "labels"}
+    assert names["recipe"].freeze <= len(names["model"].backbone.features)
+    assert {x.shape[1] for x in names["pyramid"].maps(torch.rand(2, 3, 320, 320))} == {64}
 
 
 def test_code_of_the_torchvision_page_runs():
     pytest.importorskip("torchvision")
-    (found,) = run((ROOT / "docs" / "torchvision.md").read_text())["detections"]
+    (found,) = run("docs/torchvision.md")["detections"]
     assert set(found) == {"boxes", "scores", "labels"}
 
 
-def test_commands_of_the_readme_have_these_options():
+def commands():
+    """``(page, arguments)`` of each line in the pages that calls the command ssd_ext."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^(?:torchrun [^`\n]*? -m |python -m )?ssd_ext [^`\n]*$", text, re.MULTILINE):
+            yield str(page.relative_to(ROOT)), shlex.split(line.split("ssd_ext ", 1)[1])
+
+
+@pytest.mark.parametrize(("page", "arguments"), [(page, line) for page, line in commands() if line[0] != "env"])
+def test_commands_of_the_pages_have_these_options(page, arguments):
     pytest.importorskip("torchvision")
-    for line in re.findall(r"^python -m ssd_ext\.(?:train|evaluate|detect) .*", README, re.MULTILINE):
-        _, _, module, *arguments = line.split()
-        assert not any(word.startswith("/") for word in arguments)
-        parser = importlib.import_module(module).parser()
-        parser.parse_args(arguments)
+    from ssd_ext.cli import parser_for
+
+    assert not any(word.startswith("/") for word in arguments)
+    parser_for(arguments[0]).parse_args(arguments)
+
+
+def test_every_command_is_in_the_pages():
+    from ssd_ext.cli import COMMANDS
+
+    assert {arguments[0] for _, arguments in commands()} == set(COMMANDS)
 
 
 def test_detector_of_its_page_finds_what_it_was_shown(capsys):
-    names = run((DOCS / "detector.md").read_text())
+    names = run("docs/detector.md")
     right = 0
-    for found, box, label in zip(names["model"].detect(names["images"]), names["boxes"], names["labels"], strict=True):
-        hits = ops.box_iou(found["boxes"][:1], box) > 0.5
-        right += bool(hits.any() and found["labels"][0] == label)
+    for found, target in zip(names["model"].detect(names["images"]), names["ground_truth"].to_targets(), strict=True):
+        hits = ops.box_iou(found["boxes"][:1], target["boxes"]) > 0.5
+        right += bool(hits.any() and found["labels"][0] == target["labels"])
     assert right >= 6, right  # of 8
 
 
 def test_code_of_the_page_on_mixed_precision_runs():
-    names = run((DOCS / "mixed_precision.md").read_text())
+    names = run("docs/mixed_precision.md")
     assert names["rows"].dtype == torch.bfloat16
     assert names["loss"].dtype == torch.float32
     assert names["head"].weight.grad.isfinite().all()
@@ -85,18 +122,115 @@ def test_code_of_the_page_on_mixed_precision_runs():
 def test_code_of_the_page_on_several_gpus_runs(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    names = run((DOCS / "distributed.md").read_text())
+    names = run("docs/distributed.md")
     assert names["layer"].weight.grad.any()
 
 
 def test_code_of_the_page_on_default_boxes_runs():
-    names = run((DOCS / "ops" / "priors.md").read_text())
+    names = run("docs/ops/priors.md")
     assert names["priors"].shape == (sum(names["levels"]), 4)
+
+
+def test_code_of_the_page_on_matching_runs():
+    names = run("docs/ops/matching.md")
+    assert names["target_labels"].unique().tolist() == [0, 3, 7]
+
+
+# ---- coming from other libraries -----------------------------------------------------------------
+
+
+def test_code_of_the_page_on_other_libraries_runs():
+    pytest.importorskip("torchvision")
+    names = run("docs/coming_from.md")
+    assert names["target_labels"].tolist() == [[3, 0]]
+    assert all(torch.equal(one, other) for one, other in zip(names["ground_truth"], names["same"], strict=True))
+    assert [round(512 * scale) for scale in names["ssd512"].scales] == [20, 51, 133, 215, 296, 378, 460, 542]
+    torch.testing.assert_close(names["ordered"], torch.tensor([[0.1, 0.2, 0.5, 0.6]]))
+
+
+def defaults(*callables):
+    """``(name, default)`` of all arguments."""
+    return {(p.name, p.default) for f in callables for p in inspect.signature(f).parameters.values()}
+
+
+@pytest.mark.parametrize("theirs", ["SSD", "DefaultBoxGenerator", "RetinaNet"])
+def test_page_on_other_libraries_gives_the_defaults(theirs):
+    pytest.importorskip("torchvision")
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.retinanet import RetinaNet
+    from torchvision.models.detection.ssd import SSD as TorchvisionSSD
+
+    from ssd_ext.models import SSD
+
+    page = (DOCS / "coming_from.md").read_text()
+    table = re.search(rf"^\| `(?:[\w.]+\.)?{theirs}` \|.*\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)[1]
+    named = r"(\w+)=([\d.]+|None|True)"
+    left = "".join(row.split("|")[1] for row in table.splitlines())
+    right = "".join(row.split("|")[2] for row in table.splitlines())
+    of_theirs = defaults({"SSD": TorchvisionSSD, "RetinaNet": RetinaNet}.get(theirs, DefaultBoxGenerator))
+    values = {(name, eval(value)) for name, value in re.findall(named, left)}
+    assert len(values) >= 4 and values <= of_theirs
+    if theirs != "RetinaNet":  # whose defaults are not ours
+        ours = {(name, eval(value)) for name, value in re.findall(named, right)}
+        assert ours <= defaults(SSD, MultiBoxLoss, PriorSpec)
+    first_words = re.findall(r"^\| `(\w+)(?:=[^`]*)?`", table, re.MULTILINE)
+    assert set(first_words) - {"BoxCoder"} <= {name for name, _ in of_theirs}
+
+
+def test_claims_of_the_page_on_other_libraries():
+    torchvision = pytest.importorskip("torchvision")
+    from torchvision.models.detection._utils import BoxCoder, Matcher, SSDMatcher
+    from torchvision.ops import box_convert
+
+    from ssd_ext import GroundTruth
+    from ssd_ext.priors import SSD300_COCO, paper_scales
+
+    priors = SSD300_COCO.priors()
+    corners = box_convert(priors, "cxcywh", "xyxy")
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.12, 0.2, 0.5, 0.62], [0.4, 0.4, 0.43, 0.42]])
+    ground_truth, iou = GroundTruth.from_lists([boxes]), torchvision.ops.box_iou(boxes, corners)
+    torch.testing.assert_close(
+        ops.encode(boxes[:1].expand(8732, 4), priors),
+        BoxCoder((10.0, 10.0, 5.0, 5.0)).encode_single(boxes[:1].expand(8732, 4), corners),
+        atol=1e-3, rtol=1e-4,
+    )  # fmt: skip
+    assert torch.equal(SSDMatcher(0.5)(iou), ops.match(ground_truth, priors, force="last")[0])
+    low = ops.match(ground_truth, priors, low_threshold=0.4, force="none")[0]
+    assert torch.equal(Matcher(0.5, 0.4)(iou), low)
+    # two priors of one best IoU, of which allow_low_quality_matches takes both
+    two, object_ = torch.tensor([[2.0, 4.0, 4.0, 4.0], [6.0, 4.0, 4.0, 4.0]]), torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    assert ops.match(GroundTruth.from_lists([object_]), two, force="last").tolist() == [[0, -1]]
+    equal = torchvision.ops.box_iou(object_, box_convert(two, "cxcywh", "xyxy"))
+    assert Matcher(0.5, 0.4, allow_low_quality_matches=True)(equal).tolist() == [0, 0]
+    assert paper_scales(6, 0.15, 0.9)[:-1] == pytest.approx([0.15, 0.3, 0.45, 0.6, 0.75, 0.9])
+
+    tiny = ops.decode(torch.tensor([[0.0, 0.0, -99.0, -99.0]]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))[0]
+    assert tiny[2] - tiny[0] < 0.2 * 16 / 1000  # mmdetection's lower bound
+    flipped = torch.tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    assert ops.nms(flipped, torch.tensor([0.9, 0.8]), 0.5).tolist() == [0, 1]
+    whole = flipped[:1].int()
+    assert ops.box_iou(whole, whole).dtype == torchvision.ops.box_iou(whole, whole).dtype == torch.float32
+    empty = torch.empty(0, 4), torch.empty(0)
+    assert len(torchvision.ops.batched_nms(*empty, None, 0.5)) == 0
+    with pytest.raises(ValueError, match="idxs"):
+        ops.batched_nms(*empty, None, 0.5)
+    assert len(ops.batched_nms(*empty, torch.empty(0, dtype=torch.int64), 0.5)) == 0
+    with pytest.warns(UserWarning, match="look like corners"):
+        ops.match(ground_truth, corners, validate=True)
+    pair = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0]])
+    _, scores = ops.soft_nms(pair, torch.tensor([0.9, 0.8]), sigma=2 * 0.25, method="gaussian")
+    assert scores[1].item() == pytest.approx(0.8 * torch.tensor(-(0.8**2) / (2 * 0.25)).exp().item())
+    # of two candidates for three objects the third is not looked at, although NMS leaves one of the two
+    three, logits = torch.tensor([[0.3, 0.3, 0.2, 0.2]] * 2 + [[0.7, 0.7, 0.2, 0.2]]), torch.tensor([[[0, 5.0]] * 3])
+    assert ops.detect(torch.zeros(1, 3, 4), logits, three, topk_per_class=2)[3].tolist() == [1]
+
+
+# ---- the site ------------------------------------------------------------------------------------
 
 
 def test_pages_describe_every_op():
     pages = "".join(page.read_text() for page in (DOCS / "ops").glob("*.md"))
-    assert set(ops.__all__) <= set(re.findall(r"^::: .*?(\w+)$", pages, re.MULTILINE))
+    assert set(ops.__all__) <= set(re.findall(r"^::: ssd_ext\.ops\.(\w+)$", pages, re.MULTILINE))
     references = {file.stem for file in (ROOT / "ssd_ext" / "reference").glob("[a-z]*.py")}
     assert set(re.findall(r'^ *--8<-- "ssd_ext/reference/(\w+)\.py"$', pages, re.MULTILINE)) == references
 

@@ -1,6 +1,7 @@
 """examples/serve.py: right answers to concurrent clients, errors where they belong, no growth."""
 
 import base64
+import copy
 import gc
 import http.client
 import io
@@ -41,8 +42,8 @@ def model():
 @pytest.fixture(scope="module")
 def detector(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("serve") / "detector.pt2"
-    torch.export.save(export.program(model), path)
-    return serve.Detector(path, CLASSES, threshold=0.4)
+    export.save(model, path, classes=CLASSES)
+    return serve.Detector(path, threshold=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +217,27 @@ def test_no_more_requests_are_read_than_there_are_places(server, client):
         assert waiting.result()[0] == 200
 
 
-def test_a_class_without_a_name_is_told_as_a_number(detector, monkeypatch):
+def test_a_file_without_metadata_gives_numbers(detector, model, tmp_path):
+    torch.export.save(export.program(model), tmp_path / "plain.pt2")
+    (named,), (numbered,) = (
+        made([base64.b64encode(GOOD).decode()])
+        for made in (detector, serve.Detector(tmp_path / "plain.pt2", threshold=0.4))
+    )
+    assert {found["label"] for found in named["detections"]} == set(CLASSES)
+    told = [found | {"label": CLASSES[found["label"] - 1]} for found in numbered["detections"]]
+    assert told == named["detections"], "resized with antialiasing, too"
+
+
+def test_images_are_resized_as_the_model_was_trained(model, tmp_path):
     text = base64.b64encode(GOOD).decode()
-    named = [found["label"] for found in detector([text])[0]["detections"]]
-    assert set(named) == set(CLASSES)
-    monkeypatch.setattr(detector, "classes", CLASSES[:1])
-    numbers = [found["label"] for found in detector([text])[0]["detections"]]
-    assert numbers == [name if name == CLASSES[0] else CLASSES.index(name) + 1 for name in named]
+    with_antialiasing = expected(model, PHOTOGRAPHS[0])
+    without = copy.deepcopy(model)
+    without.antialias = False
+    export.save(without, tmp_path / "without.pt2", classes=CLASSES)
+    (answer,) = serve.Detector(tmp_path / "without.pt2", threshold=0.4)([text])
+    assert_told(answer, expected(without, PHOTOGRAPHS[0]))
+    with pytest.raises(AssertionError):
+        assert_told(answer, with_antialiasing)
 
 
 @pytest.mark.parametrize("page", ["docs/export.md", "examples/README.md"])
@@ -235,9 +250,8 @@ def test_the_pages_send_a_large_photograph(page, tmp_path):
 
 
 def test_the_command(model, tmp_path):
-    torch.export.save(export.program(model), tmp_path / "detector.pt2")
-    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
-    arguments = ["detector.pt2", "--classes", "classes.txt", "--threshold", "0.4", "--port", "0"]
+    export.save(model, tmp_path / "detector.pt2", classes=CLASSES)
+    arguments = ["detector.pt2", "--threshold", "0.4", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, serve.__file__, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Training: the same run twice, through interruptions, in several processes; and the command lines."""
+"""Training: the same run twice, through interruptions, in several processes."""
 
 import importlib.util
 import math
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_cases import small_with_neck
 from torch import nn
 from torchvision import tv_tensors
 
-from ssd_ext import checkpoint
-from ssd_ext.data import augmentation, load_dataset
+from ssd_ext import GroundTruth, checkpoint
+from ssd_ext.data import load_dataset
 from ssd_ext.inference import load_detector
 from ssd_ext.models import SSD, ssdlite320_mobilenet_v2
 from ssd_ext.priors import PriorSpec
-from ssd_ext.training import Augmented, Batches, NonFiniteLossError, Recipe, Run, _join, fit, train_step
+from ssd_ext.training import Batches, NonFiniteLossError, Recipe, Run, fit, train_step
 
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "playing_cards"
 SHORT = Recipe(epochs=2, batch_size=4, lr=0.01, warmup=2, workers=0, save_every=2, seed=3)
@@ -38,7 +39,7 @@ class Small(nn.Module):
 
 def small_model(classes=7, dropout=0.0):
     torch.manual_seed(0)
-    return SSD(Small(dropout), [8, 8], PriorSpec((64, 64), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2,))), classes)
+    return SSD(Small(dropout), PriorSpec((64, 64), ((8, 8), (4, 4)), (0.2, 0.5, 0.9), ((2,), (2,))), classes)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_schedule(schedule, expected):
         ({"optimizer": "lamb"}, "optimizer must be one of sgd, adamw, got 'lamb'"),
         ({"amp": "int8"}, "amp must be one of none, bfloat16, float16, got 'int8'"),
         ({"ema": 1.0}, "ema must be between 0 and 1, got 1.0"),
-        ({"clip_gradient": 0.0}, "clip_gradient must be a positive number, got 0.0"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a positive number, got 0.0"),
         ({"flip": 1.5}, "flip must be a probability, 0 to 1, got 1.5"),
         ({"workers": -1}, "workers must be a finite number >= 0, got -1"),
     ],
@@ -180,26 +181,29 @@ def test_a_detector_of_ones_own_is_loaded_into_one(cards, tmp_path):
     assert_same(loaded.state_dict(), weights_of(run))
 
 
-def test_few_tensors_leave_a_worker(cards):
-    """Each is an open file."""
-    augmented = Augmented(cards, augmentation((64, 64)))
-    images, boxes, labels, counts, names = _join([augmented[i, 0] for i in range(12)])
-    assert images.shape == (12, 3, 64, 64)
-    assert sum(counts) == len(boxes) == len(labels)
-    assert names == cards.names
-
-
-def test_frozen_features_stay_as_they_are(cards, tmp_path):
-    model = ssdlite320_mobilenet_v2(7, image_size=(96, 96))
+@pytest.mark.parametrize(
+    ("make", "count", "beyond"),
+    [(lambda: ssdlite320_mobilenet_v2(7, image_size=(96, 96)), 5, 20), (lambda: small_with_neck(num_classes=7), 2, 4)],
+    ids=["ssdlite", "with a neck"],
+)
+def test_frozen_features_stay_as_they_are(cards, tmp_path, make, count, beyond):
+    model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    run = fit(model, cards, Recipe(**{**vars(SHORT), "epochs": 1, "freeze": 5}), tmp_path)
+    run = fit(model, cards, Recipe(**{**vars(SHORT), "epochs": 1, "freeze": count}), tmp_path)
     for name, value in run.model.state_dict().items():
-        frozen = any(name.startswith(f"backbone.features.{i}.") for i in range(5))
+        frozen = any(name.startswith(f"backbone.features.{i}.") for i in range(count))
         moved = not torch.equal(value, before[name])
         assert not (frozen and moved), name
         assert frozen or moved or "weight" not in name, name
-    with pytest.raises(ValueError, match="freeze must be at most 19, the features of this backbone, got 20"):
-        fit(model, cards, Recipe(freeze=20), tmp_path / "more")
+    text = f"freeze must be at most {beyond - 1}, the features of this backbone, got {beyond}"
+    with pytest.raises(ValueError, match=text):
+        fit(model, cards, Recipe(freeze=beyond), tmp_path / "more")
+
+
+def test_nothing_to_freeze_without_features(cards, tmp_path):
+    with pytest.raises(ValueError, match=r"freeze must be 0 for a backbone without features .*, got 1"):
+        fit(small_model(), cards, Recipe(freeze=1), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -222,8 +226,8 @@ def test_a_loss_that_is_not_finite_names_the_images(cards, tmp_path):
 def test_images_without_objects_train():
     model = small_model()
     run = Run(model, SHORT, ["x"] * 6, torch.device("cpu"))
-    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "name": "empty"}
-    losses = train_step(run, model.train(), torch.rand(2, 3, 64, 64), [target, target], 1.0)
+    nothing = GroundTruth.from_lists([torch.zeros(0, 4)] * 2)
+    losses = train_step(run, model.train(), torch.rand(2, 3, 64, 64), nothing, ["a", "b"], 1.0)
     assert [value.item() for value in losses.values()] == [0.0, 0.0]
 
 

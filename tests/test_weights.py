@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 torchvision = pytest.importorskip("torchvision")
 
-from model_cases import small  # noqa: E402
+from model_cases import small, small_with_neck  # noqa: E402
 from torchvision.models import mobilenet_v2  # noqa: E402
 
 from ssd_ext.models import load_weights, ssd300_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
@@ -91,7 +91,7 @@ def amdegroot_forward(state, x):
 def test_amdegroot():
     """Its network takes 0..255 less (123, 117, 104), RGB: the data set turns OpenCV's channels round."""
     state = amdegroot()
-    model = ssd300_vgg16(num_classes=21, priors=SSD300_VOC_RELEASED).eval()
+    model = ssd300_vgg16(num_classes=21, prior_spec=SSD300_VOC_RELEASED).eval()
     report = load_weights(model, state)
     assert (report.format, report.skipped, report.detector) == ("amdegroot detector, rgb255", [], True)
     assert set(report.loaded) == set(model.state_dict())
@@ -229,6 +229,7 @@ def test_objects_are_not_unpickled(tmp_path):
 
 def test_a_safetensors_file_without_that_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    (tmp_path / "weights.safetensors").touch()
     with pytest.raises(ImportError, match=r'needs safetensors: pip install "ssd_ext\[train\]"'):
         load_weights(small(), tmp_path / "weights.safetensors")
 
@@ -236,6 +237,43 @@ def test_a_safetensors_file_without_that_package(tmp_path, monkeypatch):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         load_weights(small(), tmp_path / "nothing.pth")
+
+
+CLASSIFIER = {"classifier.weight": torch.ones(10, 8), "classifier.bias": torch.ones(10)}
+
+
+def of_own_backbone(form):
+    """The state dict of the whole backbone, of its features or of a classifier on these, and what it is to set."""
+    state = small_with_neck(seed=1).backbone.state_dict()
+    if form == "backbone":
+        return state, [f"backbone.{name}" for name in state]
+    features = {name: value for name, value in state.items() if name.startswith("features.")}
+    names = [f"backbone.{name}" for name in features]
+    if form == "classifier":
+        return features | CLASSIFIER, names
+    return {name.removeprefix("features."): value for name, value in features.items()}, names
+
+
+@pytest.mark.parametrize("form", ["backbone", "features", "classifier"])
+def test_a_backbone_of_ones_own(form):
+    """Its tensors are set, and nothing else: neither the neck nor the heads."""
+    state, names = of_own_backbone(form)
+    model, source = small_with_neck(), small_with_neck(seed=1).state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_weights(model, state)
+    assert sorted(report.loaded) == sorted(names)
+    assert (report.skipped, report.detector) == (list(CLASSIFIER) if form == "classifier" else [], False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (source if name in names else before)[name]), name
+    assert not torch.equal(before["backbone.features.0.weight"], source["backbone.features.0.weight"])
+
+
+@pytest.mark.parametrize("form", ["backbone", "features", "classifier"])
+def test_a_backbone_of_ones_own_that_is_not_whole(form):
+    state, _ = of_own_backbone(form)
+    del state["1.running_mean" if form == "features" else "features.1.running_mean"]
+    with pytest.raises(ValueError, match=r"does not fit the model: backbone\.features\.1\.running_mean is missing"):
+        load_weights(small_with_neck(), state)
 
 
 STATE = small().state_dict()

@@ -26,7 +26,7 @@ def _torchvision_coder(method):
 def _torchvision_iou(inputs: Inputs):
     from torchvision.ops import box_iou
 
-    return lambda: box_iou(inputs["boxes_a"], inputs["boxes_b"])
+    return lambda: box_iou(inputs["boxes1"], inputs["boxes2"])
 
 
 PEERS = {

@@ -75,7 +75,7 @@ def _tuned_torch(inputs: Inputs):
             score = scores[row, prior]
         p, d = given.priors[prior], deltas[prior]
         center = p[:, :2] + d[:, :2] * given.variances[0] * p[:, 2:]
-        half = (d[:, 2:] * given.variances[1]).clamp(max=given.clip).exp() * p[:, 2:] * 0.5
+        half = (d[:, 2:] * given.variances[1]).clamp(max=given.bbox_xform_clip).exp() * p[:, 2:] * 0.5
         box = torch.cat([center - half, center + half], 1)
         box = torch.minimum(torch.maximum(box, window[:2].repeat(2)), window[2:].repeat(2))
         keep = batched_nms(box, score, row, given.iou_threshold)[: given.max_detections]
@@ -154,7 +154,7 @@ def _onnx_runtime(inputs: Inputs):
         "center": given.priors[:, :2],
         "size": given.priors[:, 2:],
         "variances": torch.tensor(given.variances),
-        "clip": torch.tensor(given.clip),
+        "clip": torch.tensor(given.bbox_xform_clip),
         "low": torch.tensor(given.window[:2] * 2),
         "high": torch.tensor(given.window[2:] * 2),
         "score_threshold": torch.tensor([given.score_threshold]),

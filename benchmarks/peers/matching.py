@@ -11,7 +11,7 @@ def _torchvision_match(inputs: Inputs):
     from torchvision.models.detection._utils import SSDMatcher
     from torchvision.ops import box_convert, box_iou
 
-    if inputs.get("force") != "last" or inputs.get("low_threshold") or isinstance(inputs["gt_boxes"], tuple):
+    if inputs.get("force") != "last" or inputs.get("low_threshold"):
         raise MissingPeerError("torchvision: SSDMatcher has force='last' and one threshold only")
     priors, matcher = box_convert(inputs["priors"], "cxcywh", "xyxy"), SSDMatcher(inputs.get("iou_threshold", 0.5))
     background = torch.full((len(priors),), -1, device=priors.device)
@@ -19,7 +19,8 @@ def _torchvision_match(inputs: Inputs):
     def of_image(boxes):
         return matcher(box_iou(boxes, priors)) if boxes.numel() else background
 
-    return lambda: torch.stack([of_image(boxes) for boxes in inputs["gt_boxes"]])
+    images = [target["boxes"] for target in inputs["ground_truth"].to_targets()]
+    return lambda: torch.stack([of_image(boxes) for boxes in images])
 
 
 def _torchvision_targets(inputs: Inputs):
@@ -29,18 +30,19 @@ def _torchvision_targets(inputs: Inputs):
     from torchvision.ops import box_convert
 
     coder, priors = BoxCoder((10.0, 10.0, 5.0, 5.0)), box_convert(inputs["priors"], "cxcywh", "xyxy")
+    targets = inputs["ground_truth"].to_targets()
 
     def call():
         all_labels, all_deltas = [], []
-        for matched, boxes, labels in zip(match(), inputs["gt_boxes"], inputs["gt_labels"], strict=True):
+        for matched, target in zip(match(), targets, strict=True):
             positive = matched >= 0
-            target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
-            target[positive] = labels[matched[positive]]
+            labels = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
+            labels[positive] = target["labels"][matched[positive]]
             deltas = priors.new_zeros(len(priors), 4)
-            deltas[positive] = coder.encode_single(boxes[matched[positive]], priors[positive])
-            all_labels.append(target)
+            deltas[positive] = coder.encode_single(target["boxes"][matched[positive]], priors[positive])
+            all_labels.append(labels)
             all_deltas.append(deltas)
-        return torch.stack(all_labels), torch.stack(all_deltas)
+        return torch.stack(all_deltas), torch.stack(all_labels)
 
     return call
 

@@ -11,12 +11,16 @@ from ssd_ext import ops
 
 def _wanted(given):
     """``[B, 1]`` number of negatives to mark."""
-    wanted = ((given.labels > 0).sum(1, keepdim=True).double() * given.ratio).floor().clamp(min=given.min_negatives)
-    return torch.minimum(wanted, (given.labels == 0).sum(1, keepdim=True)).long()
+    wanted = (
+        ((given.target_labels > 0).sum(1, keepdim=True).double() * given.neg_to_pos_ratio)
+        .floor()
+        .clamp(min=given.min_negatives)
+    )
+    return torch.minimum(wanted, (given.target_labels == 0).sum(1, keepdim=True)).long()
 
 
 def _candidates(given):
-    return given.loss.masked_fill(given.labels != 0, -math.inf)
+    return given.loss.masked_fill(given.target_labels != 0, -math.inf)
 
 
 def _torch_topk(inputs: Inputs):
@@ -28,7 +32,7 @@ def _torch_topk(inputs: Inputs):
         most = int(wanted.max())
         index = _candidates(given).topk(most, dim=1).indices
         rank = torch.arange(most, device=given.loss.device)
-        return torch.zeros_like(given.labels, dtype=torch.bool).scatter_(1, index, rank < wanted)
+        return torch.zeros_like(given.target_labels, dtype=torch.bool).scatter_(1, index, rank < wanted)
 
     return call
 

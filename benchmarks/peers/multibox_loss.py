@@ -15,27 +15,27 @@ from ssd_ext import ops
 def _plain(inputs: Inputs):
     """The four tensors, for peers that do no more than the default."""
     inputs = dict(inputs)
-    tensors = [inputs.pop(name) for name in ("deltas", "logits", "target_deltas", "labels")]
+    tensors = [inputs.pop(name) for name in ("deltas", "logits", "target_deltas", "target_labels")]
     if inputs:
         raise MissingPeerError(f"has no {', '.join(inputs)}")
     return tensors
 
 
 def _torchvision(inputs: Inputs):
-    """torchvision's SSD.compute_loss, its matches and boxes made from labels and targets."""
+    """torchvision's SSD.compute_loss, its matches and boxes made from the targets."""
     from torchvision.models.detection.ssd import SSD
 
-    deltas, logits, target_deltas, labels = _plain(inputs)
+    deltas, logits, target_deltas, target_labels = _plain(inputs)
     priors = ssd300_priors()[: logits.shape[1]].to(deltas.device)
     if len(priors) < logits.shape[1]:
         raise MissingPeerError("this case has more priors than SSD300")
-    boxes = ops.decode(target_deltas, priors, clip=math.inf)
+    boxes = ops.decode(target_deltas, priors, bbox_xform_clip=math.inf)
     anchors = torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], 1)
-    matches = torch.full_like(labels, -1)
+    matches = torch.full_like(target_labels, -1)
     targets = []
-    for b, image in enumerate(labels):
+    for b, image in enumerate(target_labels):
         (positive,) = (image > 0).nonzero(as_tuple=True)
-        matches[b, positive] = torch.arange(len(positive), device=labels.device)
+        matches[b, positive] = torch.arange(len(positive), device=target_labels.device)
         targets.append({"boxes": boxes[b, positive], "labels": image[positive]})
     from torchvision.models.detection._utils import BoxCoder
 
@@ -49,16 +49,17 @@ def _torchvision(inputs: Inputs):
     return call
 
 
-def _tuned_loss(deltas, logits, target_deltas, labels):
+def _tuned_loss(deltas, logits, target_deltas, target_labels):
     """What one writes with care: no loop over images, one cross-entropy, a batched top-k, no synchronisation."""
-    positive = labels > 0
+    positive = target_labels > 0
     counts = positive.sum(1, keepdim=True)
     total = counts.sum().clamp(min=1)
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    losses = F.cross_entropy(logits.flatten(0, 1), target_labels.flatten(), reduction="none").view_as(target_labels)
     candidates = losses.detach().masked_fill(positive, -math.inf)
-    most = min(labels.shape[1], 1 + int(0.15 * labels.shape[1])) if labels.shape[1] > 1000 else labels.shape[1]
+    priors = target_labels.shape[1]
+    most = min(priors, 1 + int(0.15 * priors)) if priors > 1000 else priors
     index = candidates.topk(most, dim=1).indices
-    wanted = torch.arange(most, device=labels.device) < torch.minimum(3 * counts, labels.shape[1] - counts)
+    wanted = torch.arange(most, device=index.device) < torch.minimum(3 * counts, priors - counts)
     selected = positive.scatter(1, index, wanted | positive.gather(1, index))
     conf = (losses * selected).sum() / total
     loc = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(-1)

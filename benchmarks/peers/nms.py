@@ -1,4 +1,4 @@
-"""Peers of nms, batched_nms and nms_padded."""
+"""Peers of nms, batched_nms and their padded forms."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ def _torchvision(inputs: Inputs):
 
 
 def _torchvision_padded(inputs: Inputs):
-    """Its indices in the form of nms_padded."""
+    """Its indices, padded."""
     call, size = _torchvision(inputs), len(inputs["boxes"])
 
     def padded():
@@ -72,4 +72,5 @@ def _onnx_runtime(inputs: Inputs):
 
 
 _PLAIN = Peers({"torchvision": _torchvision, "ONNX Runtime": _onnx_runtime})
-PEERS = {"nms": _PLAIN, "batched_nms": _PLAIN, "nms_padded": Peers({"torchvision": _torchvision_padded})}
+_PADDED = Peers({"torchvision": _torchvision_padded})
+PEERS = {"nms": _PLAIN, "batched_nms": _PLAIN, "nms_padded": _PADDED, "batched_nms_padded": _PADDED}

@@ -22,7 +22,7 @@ Coding check_coding(const char* op, const Arg& rows, const Arg& priors, const st
           shape_of(t));
   }
   check_variances(op, variances);
-  if (clip != clip) raise(op, ": clip must be a number, got nan");
+  if (clip != clip) raise(op, ": bbox_xform_clip must be a number, got nan");
   return {t.numel() / 4, num_priors, variances[0], variances[1], clip};
 }
 
@@ -74,9 +74,9 @@ Tensor decode_op(const Tensor& deltas, const Tensor& priors, std::vector<double>
 
 Tensor box_iou_op(const Tensor& a, const Tensor& b) {
   const char* op = "box_iou";
-  check_floating(op, {{"boxes_a", a}, {"boxes_b", b}});
-  check_shape(op, {"boxes_a", a}, {kAny, 4}, "[N, 4]");
-  check_shape(op, {"boxes_b", b}, {kAny, 4}, "[M, 4]");
+  check_floating(op, {{"boxes1", a}, {"boxes2", b}});
+  check_shape(op, {"boxes1", a}, {kAny, 4}, "[N, 4]");
+  check_shape(op, {"boxes2", b}, {kAny, 4}, "[M, 4]");
   const int64_t n = a.size(0), m = b.size(0);
   if (is_cuda(a)) {
     const CudaLaunch launch(op, a);
@@ -99,8 +99,8 @@ Tensor box_iou_op(const Tensor& a, const Tensor& b) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
   m.def("encode(Tensor boxes, Tensor priors, float[] variances) -> Tensor");
-  m.def("decode(Tensor deltas, Tensor priors, float[] variances, float clip) -> Tensor");
-  m.def("box_iou(Tensor boxes_a, Tensor boxes_b) -> Tensor");
+  m.def("decode(Tensor deltas, Tensor priors, float[] variances, float bbox_xform_clip) -> Tensor");
+  m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
 }
 
 SSD_EXT_REGISTER(m) {

@@ -107,7 +107,7 @@ void check_rows(const char* op, const Arg& rows) {
 
 void check_mining(const char* op, const Arg& rows, double ratio, int64_t min_negatives) {
   check_rows(op, rows);
-  if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": ratio must be a finite number >= 0, got ", ratio);
+  if (!(ratio >= 0 && std::isfinite(ratio))) raise(op, ": neg_to_pos_ratio must be a finite number >= 0, got ", ratio);
   if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
 }
 

@@ -26,7 +26,7 @@ Params check_params(const char* op, double score_threshold, double iou_threshold
   check_at_least_one(op, "topk_per_class", topk_per_class);
   check_at_least_one(op, "max_detections", max_detections);
   check_variances(op, variances);
-  if (clip != clip) raise(op, ": clip must be a number, got nan");
+  if (clip != clip) raise(op, ": bbox_xform_clip must be a number, got nan");
   constexpr double inf = std::numeric_limits<double>::infinity();
   std::vector<double> w{-inf, -inf, inf, inf};
   if (window) {
@@ -132,7 +132,8 @@ Returned detect_op(const Tensor& deltas, const Tensor& logits, const Tensor& pri
 STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
   m.def(
       "detect(Tensor deltas, Tensor logits, Tensor priors, float score_threshold, float iou_threshold, "
-      "int topk_per_class, int max_detections, bool sigmoid, float[] variances, float clip, bool class_agnostic, "
+      "int topk_per_class, int max_detections, bool sigmoid, float[] variances, float bbox_xform_clip, bool "
+      "class_agnostic, "
       "float[]? window) -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 }
 

@@ -654,8 +654,9 @@ __device__ int order_kept(C score, Visit<C>& shared) {
 
 // Writes the `all` candidates in shared.keys as detections, as far as there is room, and keeps them for later chunks.
 template <class T, class C>
-__device__ void write_detections(const Outputs<T>& out, int64_t image, int64_t most, int all, bool is_long,
+__device__ void write_detections(const Outputs<T>& out, const Params& params, int64_t image, int all, bool is_long,
                                  Kept<C>& kept, const Visit<C>& shared) {
+  const int64_t most = params.max_detections;
   if (threadIdx.x < min_of(int64_t(all), most - kept.count)) {
     const Key<C> key = shared.keys[threadIdx.x];
     const int position = int(number_of<C>(key));
@@ -664,7 +665,7 @@ __device__ void write_detections(const Outputs<T>& out, int64_t image, int64_t m
     const int64_t slot = kept.count + threadIdx.x, to = image * most + slot;
     gpu::store_four(out.boxes, to, box.x1, box.y1, box.x2, box.y2);
     out.scores[to] = T(score_of<C>(key));
-    out.labels[to] = label;
+    out.labels[to] = label_of(label, params);
     if (is_long) {
       gpu::store_four(kept.boxes, slot, box.x1, box.y1, box.x2, box.y2);
       kept.labels[slot] = label;
@@ -739,7 +740,7 @@ __device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>&
 
     // 5. The detections.
     const int all = order_kept(score_of<C>(key), shared);
-    write_detections(out, image, most, all, is_long, kept, shared);
+    write_detections(out, in.params, image, all, is_long, kept, shared);
   }
   pad_detections(out, image, kept.count, most);
 }

@@ -7,7 +7,7 @@
 // Of each class the first topk_per_class candidates are visited, all classes in one order. A candidate
 // is kept unless its box has IoU > iou_threshold with a box kept before it, of the same class (or of
 // any, if class_agnostic). The first max_detections kept ones are the result:
-//   boxes[b, k], scores[b, k], labels[b, k] = c: the k-th kept candidate, for k < counts[b];
+//   boxes[b, k], scores[b, k], labels[b, k] = label_of(c): the k-th kept candidate, for k < counts[b];
 //   0, 0 and -1 for the others.
 // A NaN score is no candidate. A box with a NaN or infinite coordinate overlaps nothing.
 #include <cmath>
@@ -27,6 +27,9 @@ struct Params {
   double center, size, clip;                          // variances, and the bound of decoded sizes
   double window_x1, window_y1, window_x2, window_y2;  // boxes are clipped to it; infinite: they are not
 };
+
+// Labels count from 1, as 0 is background: with sigmoid, which has no column for that, column c is label c + 1.
+SSD_EXT_HD int64_t label_of(int64_t column, const Params& params) { return params.sigmoid ? column + 1 : column; }
 
 struct Sizes {
   int64_t images, priors, classes;  // classes: columns of the logits

@@ -373,10 +373,10 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
       const int64_t at = image * in.deltas.image + prior * in.deltas.row;
       __builtin_prefetch(static_cast<const char*>(in.deltas.data) + at * delta_bytes);
     }
-    const int64_t number = detect::number_of<T>(keys[i]), label = number / priors;
-    if (visited[label]++ >= params.topk_per_class) continue;
-    const Box<T> box = detected_box<T>(in, image, number - label * priors);
-    const int64_t group = params.class_agnostic ? 0 : label;
+    const int64_t number = detect::number_of<T>(keys[i]), column = number / priors;
+    if (visited[column]++ >= params.topk_per_class) continue;
+    const Box<T> box = detected_box<T>(in, image, number - column * priors);
+    const int64_t group = params.class_agnostic ? 0 : column;
     if (kept.overlaps(group, box)) continue;
     kept.add(group, box);
     T* to = boxes + 4 * count;
@@ -385,7 +385,7 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
     to[2] = box.x2;
     to[3] = box.y2;
     scores[count] = detect::score_of<T>(keys[i]);
-    labels[count] = label;
+    labels[count] = detect::label_of(column, params);
     ++count;
   }
   out.counts[image] = count;

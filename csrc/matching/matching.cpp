@@ -22,18 +22,18 @@ struct Call {
 
 Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, const Tensor& offsets, const Tensor& priors,
            double iou_threshold, double low_threshold, int64_t force, const std::vector<double>& variances) {
-  const Arg boxes{"gt_boxes", gt_boxes};
+  const Arg boxes{"ground_truth.boxes", gt_boxes};
   check_floating(op, {boxes, {"priors", priors}});
   check_shape(op, boxes, {kAny, 4}, "[G, 4]");
   check_shape(op, {"priors", priors}, {kAny, 4}, "[P, 4]");
-  check_long(op, {"offsets", offsets}, boxes);
-  check_shape(op, {"offsets", offsets}, {kAny}, "[B + 1]");
+  check_long(op, {"ground_truth.offsets", offsets}, boxes);
+  check_shape(op, {"ground_truth.offsets", offsets}, {kAny}, "[B + 1]");
   const int64_t gts = gt_boxes.size(0);
   const int64_t images = offsets.size(0) - 1;
-  if (images < 0) raise(op, ": offsets must be [B + 1], got [0]");
+  if (images < 0) raise(op, ": ground_truth.offsets must be [B + 1], got [0]");
   if (gt_labels) {
-    check_long(op, {"gt_labels", *gt_labels}, boxes);
-    check_shape(op, {"gt_labels", *gt_labels}, {gts}, "[G], one for each of gt_boxes");
+    check_long(op, {"ground_truth.labels", *gt_labels}, boxes);
+    check_shape(op, {"ground_truth.labels", *gt_labels}, {gts}, "[G], one for each box");
   }
   check_fraction(op, "iou_threshold", iou_threshold);
   check_fraction(op, "low_threshold", low_threshold);
@@ -59,18 +59,18 @@ Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, cons
 void check_offsets(const Call& call, const int64_t* offsets) {
   for (int64_t b = 0; b < call.sizes.images; ++b) {
     if (offsets[b + 1] < offsets[b]) {
-      raise(call.op, ": offsets must not fall, got offsets[", b, "] = ", offsets[b], ", offsets[", b + 1,
-            "] = ", offsets[b + 1]);
+      raise(call.op, ": ground_truth.offsets must not decrease, got offsets[", b, "] = ", offsets[b], ", offsets[",
+            b + 1, "] = ", offsets[b + 1]);
     }
   }
   const int64_t first = offsets[0], last = offsets[call.sizes.images];
-  if (first != 0 || last != call.sizes.gts) {
-    raise(call.op, ": offsets must run from 0 to the number of gt_boxes, ", call.sizes.gts, ", got ", first, " to ",
-          last);
+  if (first != 0 || last > call.sizes.gts) {
+    raise(call.op, ": ground_truth.offsets must begin with 0 and end with at most the number of boxes, ",
+          call.sizes.gts, ", got ", first, " to ", last);
   }
 }
 
-// Runs the kernels into new tensors: matches, or labels and deltas.
+// Runs the kernels into new tensors: matches, or labels, and deltas.
 std::tuple<Tensor, Tensor> run(const Call& call) {
   const bool targets = call.gt_labels;
   const bool cuda = is_cuda(call.gt_boxes);
@@ -115,8 +115,9 @@ Tensor match_op(const Tensor& gt_boxes, const Tensor& offsets, const Tensor& pri
 std::tuple<Tensor, Tensor> assign_targets_op(const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& offsets,
                                              const Tensor& priors, double iou_threshold, double low_threshold,
                                              int64_t force, std::vector<double> variances) {
-  return run(
+  auto [labels, deltas] = run(
       check("assign_targets", gt_boxes, &gt_labels, offsets, priors, iou_threshold, low_threshold, force, variances));
+  return {deltas, labels};
 }
 
 }  // namespace
@@ -127,7 +128,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
       "-> Tensor");
   m.def(
       "assign_targets(Tensor gt_boxes, Tensor gt_labels, Tensor offsets, Tensor priors, float iou_threshold, "
-      "float low_threshold, int force, float[] variances) -> (Tensor, Tensor)");
+      "float low_threshold, int force, float[] variances) -> (Tensor target_deltas, Tensor target_labels)");
 }
 
 SSD_EXT_REGISTER(m) {

@@ -1,7 +1,8 @@
 #pragma once
 // Matching priors with ground truth, and the training targets that follow from it.
 //
-// Ground truth of all images lies in one array; image b owns rows offsets[b] .. offsets[b + 1].
+// Ground truth of all images lies in one array; image b owns rows offsets[b] .. offsets[b + 1]. Rows from offsets[B]
+// on are padding.
 //   matches[b, p] = j >= 0: prior p of image b is matched with the image's j-th ground truth;
 //   kBackground: its best IoU is below the low threshold; kIgnore: between the two thresholds.
 // A prior takes the ground truth of highest IoU (the lowest index among equals). Then, by Force, each

@@ -26,7 +26,7 @@ Mining check_call(const char* op, const Arg& loss, const Arg& labels, double rat
 
 Tensor hard_negatives_op(const Tensor& loss, const Tensor& labels, double ratio, int64_t min_negatives) {
   const char* op = "hard_negatives";
-  const Mining mining = check_call(op, {"loss", loss}, {"labels", labels}, ratio, min_negatives);
+  const Mining mining = check_call(op, {"loss", loss}, {"target_labels", labels}, ratio, min_negatives);
   Tensor mask = new_output(loss, {mining.batch, mining.num_priors}, ScalarType::Bool);
   if (mask.numel() == 0) return mask;
   if (is_cuda(loss)) {
@@ -57,7 +57,7 @@ Tensor hard_negatives_op(const Tensor& loss, const Tensor& labels, double ratio,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
-  m.def("hard_negatives(Tensor loss, Tensor labels, float ratio, int min_negatives) -> Tensor");
+  m.def("hard_negatives(Tensor loss, Tensor target_labels, float neg_to_pos_ratio, int min_negatives) -> Tensor");
 }
 
 SSD_EXT_REGISTER(m) { m.impl("hard_negatives", TORCH_BOX(&hard_negatives_op)); }

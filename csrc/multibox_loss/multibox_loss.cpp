@@ -87,8 +87,8 @@ Loss check_conf(const char* op, const Tensor& logits, const Tensor& labels) {
   check_shape(op, {"logits", logits}, {kAny, kAny, kAny}, "[B, P, C]");
   const int64_t batch = logits.size(0), priors = logits.size(1), classes = logits.size(2);
   if (classes < 1) raise(op, ": logits must have at least the background class, got ", shape_of(logits));
-  check_long(op, {"labels", labels}, {"logits", logits});
-  check_shape(op, {"labels", labels}, {batch, priors},
+  check_long(op, {"target_labels", labels}, {"logits", logits});
+  check_shape(op, {"target_labels", labels}, {batch, priors},
               ("[B, P], here [" + std::to_string(batch) + ", " + std::to_string(priors) + "]").c_str());
   constexpr int64_t most = 0x7fffffff;
   if (classes >= most) raise(op, ": logits must have fewer than ", most, " classes, got ", shape_of(logits));
@@ -172,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   for (int64_t b = 0; b < batch; ++b) {
     if (sums[b].positives >= 0) continue;
     const int64_t p = -1 - sums[b].positives;
-    raise(op, ": labels must be below C = ", loss.classes, ", got labels[", b, ", ", p, "] = ", label[b * n + p]);
+    raise(op, ": target_labels must be below C = ", loss.classes, ", got target_labels[", b, ", ", p,
+          "] = ", label[b * n + p]);
   }
 
   int64_t positives = 0;
@@ -255,12 +256,12 @@ Tensor logits_gradient_op(const Tensor& grad_conf, const Tensor& logits, const T
 Tensor deltas_gradient_op(const Tensor& grad_loc, const Tensor& deltas, const Tensor& targets, const Tensor& labels,
                           const Tensor& divisors, double alpha, double beta) {
   const char* op = "multibox_loss_deltas_gradient";
-  check_shape(op, {"labels", labels}, {kAny, kAny}, "[B, P]");
+  check_shape(op, {"target_labels", labels}, {kAny, kAny}, "[B, P]");
   Loss loss{{labels.size(0), labels.size(1), 0, 0}, 0, alpha, beta, false};
   const int64_t batch = loss.mining.batch, n = loss.mining.num_priors;
-  check_long(op, {"labels", labels}, {"deltas", deltas});
-  check_loc(op, deltas, targets, {"labels", labels}, batch, n);
-  check_rows(op, {"labels", labels});
+  check_long(op, {"target_labels", labels}, {"deltas", deltas});
+  check_loc(op, deltas, targets, {"target_labels", labels}, batch, n);
+  check_rows(op, {"target_labels", labels});
   check_saved(op, {"divisors", divisors}, {batch}, ScalarType::Long, {"deltas", deltas});
   check_saved(op, {"grad_loc", grad_loc}, {}, computed_in(deltas), {"deltas", deltas});
   if (is_cuda(deltas)) {
@@ -293,14 +294,14 @@ Tensor deltas_gradient_op(const Tensor& grad_loc, const Tensor& deltas, const Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
   m.def(
-      "multibox_loss(Tensor deltas, Tensor logits, Tensor target_deltas, Tensor labels, float ratio, int "
-      "min_negatives, "
-      "float alpha, float beta, bool per_image) -> (Tensor loc, Tensor conf, Tensor ranks, Tensor divisors)");
+      "multibox_loss(Tensor deltas, Tensor logits, Tensor target_deltas, Tensor target_labels, float neg_to_pos_ratio, "
+      "int min_negatives, float alpha, float beta, bool per_image) -> "
+      "(Tensor loc, Tensor conf, Tensor ranks, Tensor divisors)");
   m.def(
-      "multibox_loss_logits_gradient(Tensor grad_conf, Tensor logits, Tensor labels, Tensor ranks, Tensor divisors) "
-      "-> Tensor");
+      "multibox_loss_logits_gradient(Tensor grad_conf, Tensor logits, Tensor target_labels, Tensor ranks, "
+      "Tensor divisors) -> Tensor");
   m.def(
-      "multibox_loss_deltas_gradient(Tensor grad_loc, Tensor deltas, Tensor target_deltas, Tensor labels, "
+      "multibox_loss_deltas_gradient(Tensor grad_loc, Tensor deltas, Tensor target_deltas, Tensor target_labels, "
       "Tensor divisors, float alpha, float beta) -> Tensor");
 }
 

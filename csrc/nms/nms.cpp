@@ -132,7 +132,7 @@ Tensor nms_op(const Tensor& boxes, const Tensor& scores, const std::optional<Ten
 
 std::tuple<Tensor, Tensor> nms_padded_op(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
                                          double iou_threshold) {
-  const Call call = check("nms_padded", boxes, scores, idxs, iou_threshold);
+  const Call call = check(idxs ? "batched_nms_padded" : "nms_padded", boxes, scores, idxs, iou_threshold);
   if (is_cuda(boxes)) return run_cuda(call);
   const std::vector<int64_t> kept = run_cpu(call);
   Tensor keep = new_output(boxes, {call.n}, ScalarType::Long);

@@ -63,42 +63,46 @@ def _unexplained(inputs, result):
     all_scores = logits.softmax(-1) if given.activation == "softmax" else logits.sigmoid()
     if given.activation == "softmax":
         all_scores[..., :1] = -1
-    all_boxes = reference.decode(wide["deltas"], wide["priors"], given.variances, given.clip)
+    all_boxes = reference.decode(
+        wide["deltas"], wide["priors"], variances=given.variances, bbox_xform_clip=given.bbox_xform_clip
+    )
     if given.window:
         low, high = all_boxes.new_tensor(given.window).view(2, 2)
         all_boxes = all_boxes.unflatten(-1, (2, 2)).clamp(low, high).flatten(-2)
     for b, n in enumerate(result[3].tolist()):
-        image = [t[b, :n] for t in result[:3]]
-        wrong = _image_unexplained(given, margins, tolerance, all_scores[b].nan_to_num(-1), all_boxes[b], *image)
+        boxes, scores, labels = (t[b, :n] for t in result[:3])
+        columns = labels - 1 if given.activation == "sigmoid" else labels
+        image = (all_scores[b].nan_to_num(-1), all_boxes[b], boxes, scores, columns)
+        wrong = _image_unexplained(given, margins, tolerance, *image)
         if wrong:
             return f"image {b}: {wrong}"
     return None
 
 
-def _image_unexplained(given, margins, tolerance, scores64, boxes64, boxes, scores, labels):
+def _image_unexplained(given, margins, tolerance, scores64, boxes64, boxes, scores, columns):
     near, iou_margin = margins
-    n = len(labels)
+    n = len(columns)
     # Which prior each detection is of: the lowest that fits and is not taken.
     taken = torch.zeros_like(scores64, dtype=torch.bool)
     found = []
     for k in range(n):
-        box, score, label = boxes[k].double(), scores[k].double(), labels[k]
+        box, score, column = boxes[k].double(), scores[k].double(), columns[k]
         off = (boxes64 - box).abs() / boxes64.abs().clamp(min=1)
         off = torch.where((boxes64 == box) | (boxes64.isnan() & box.isnan()), 0, off).amax(1)
-        far = (scores64[:, label] - score).abs() / score
-        fits = (~(off > tolerance) & (far <= near) & ~taken[:, label]).nonzero().flatten()
+        far = (scores64[:, column] - score).abs() / score
+        fits = (~(off > tolerance) & (far <= near) & ~taken[:, column]).nonzero().flatten()
         if len(fits) == 0:
-            return f"detection {k} is of no prior: box {boxes[k].tolist()}, score {score}, label {label}"
-        taken[fits[0], label] = True
+            return f"detection {k} is of no prior: box {boxes[k].tolist()}, score {score}, column {column}"
+        taken[fits[0], column] = True
         found.append(fits[0])
-    prior = torch.stack(found) if found else labels
-    score = scores64[prior, labels]
+    prior = torch.stack(found) if found else columns
+    score = scores64[prior, columns]
     if bool((scores[1:] > scores[:-1]).any()):
         return "scores rise"
-    rank = torch.stack([labels, prior], 1).tolist()
+    rank = torch.stack([columns, prior], 1).tolist()
     for k in range(1, n):
         if scores[k] == scores[k - 1] and rank[k] < rank[k - 1]:
-            return f"detections {k - 1} and {k} tie in the wrong order: (label, prior) {rank[k - 1]}, {rank[k]}"
+            return f"detections {k - 1} and {k} tie in the wrong order: (column, prior) {rank[k - 1]}, {rank[k]}"
     if bool((score <= given.score_threshold * (1 - near)).any()):
         return "a score is not above the threshold"
 
@@ -108,9 +112,9 @@ def _image_unexplained(given, margins, tolerance, scores64, boxes64, boxes, scor
         """How many priors have a score above s[i] in class c[i]."""
         return len(scores64) - torch.searchsorted(ordered[c], s[:, None], right=True).flatten()
 
-    if n and bool((better(labels, score * (1 + near)) >= given.topk_per_class).any()):
+    if n and bool((better(columns, score * (1 + near)) >= given.topk_per_class).any()):
         return "a detection is not among the best of its class"
-    rivals = torch.ones(n, n, dtype=torch.bool) if given.class_agnostic else labels[:, None] == labels
+    rivals = torch.ones(n, n, dtype=torch.bool) if given.class_agnostic else columns[:, None] == columns
     overlap = reference.box_iou(boxes64[prior], boxes64[prior])
     if bool((rivals & (overlap > given.iou_threshold + iou_margin)).triu(1).any()):
         return "two detections overlap"
@@ -125,7 +129,7 @@ def _image_unexplained(given, margins, tolerance, scores64, boxes64, boxes, scor
         by = reference.box_iou(boxes64[q[part]], boxes64[prior]) > given.iou_threshold - iou_margin
         by &= score >= s[part, None] * (1 - near)
         if not given.class_agnostic:
-            by &= c[part, None] == labels
+            by &= c[part, None] == columns
         missing = (among & ~by.any(1)).nonzero().flatten()
         if len(missing):
             i = start + int(missing[0])

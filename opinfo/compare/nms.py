@@ -1,4 +1,4 @@
-"""How results of nms, batched_nms and nms_padded are compared."""
+"""How results of nms, batched_nms and their padded forms are compared."""
 
 import torch
 
@@ -19,7 +19,7 @@ def agrees(inputs, result, expected):
     same = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     if same["boxes"].dtype != torch.float64:
         same = {k: v.float() if k in ("boxes", "scores") else v for k, v in same.items()}
-        expected = (reference.batched_nms if same.get("idxs") is not None else reference.nms)(**same)
+        expected = (reference.batched_nms if "idxs" in same else reference.nms)(**same)
     if torch.equal(result, expected):
         return None
     return f"kept {result.tolist()[:10]}... ({len(result)}), expected {expected.tolist()[:10]}... ({len(expected)})"

@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from ssd_ext.ground_truth import GroundTruth, are_valid
+
 PER_OBJECT = ("boxes", "labels", "difficult", "crowd", "area")  # the entries of a target with one row an object
 _ORIENTATION, _SWAPS_SIDES = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that turn by a quarter
 
@@ -184,19 +186,21 @@ def training_target(target: dict[str, Any], difficult: bool = False) -> dict[str
     return target | kept
 
 
-def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor | list[Tensor], list[dict[str, Any]]]:
-    """A batch for ``DataLoader(collate_fn=...)``, of plain tensors.
+def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor | list[Tensor], GroundTruth, list[str]]:
+    """A batch for ``DataLoader(collate_fn=...)``.
 
     Args:
         batch: pairs ``(image, target)``.
 
     Returns:
-        The images, stacked to ``[B, 3, h, w]`` where all have one size, else as a list; and the list of targets.
+        The images, stacked to ``[B, 3, h, w]`` where all have one size, else as a list; their objects, as
+        :class:`ssd_ext.models.SSD` takes them; and their names.
     """
     images = [image.as_subclass(Tensor) for image, _ in batch]
-    targets = [target | {"boxes": target["boxes"].as_subclass(Tensor)} for _, target in batch]
     same = len({image.shape for image in images}) == 1
-    return torch.stack(images) if same else images, targets
+    targets = [target for _, target in batch]
+    ground_truth = GroundTruth.from_targets(targets)
+    return torch.stack(images) if same else images, ground_truth, [target["name"] for target in targets]
 
 
 @contextlib.contextmanager
@@ -268,17 +272,17 @@ def _clip(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, dict[int, 
     """Float32 corners within ``0..limits``, with one warning that counts, and what is wrong with which box."""
     with np.errstate(invalid="ignore"):
         clipped = np.clip(boxes, 0, limits)
-        sides, clipped_sides = (
-            (corners[:, 2:] - corners[:, :2]).min(1, initial=np.inf) for corners in (boxes, clipped.astype(np.float32))
-        )
+        sides = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf)
         beyond = np.abs(boxes - clipped).max(1, initial=0)
+        clipped = clipped.astype(np.float32)
+    useless = ~are_valid(torch.from_numpy(clipped)).numpy()
     faults: dict[int, str] = {}
     for text, wrong in (  # the first that holds is told
         ("is not finite", ~np.isfinite(boxes).all(1)),
         ("is inverted", sides < 0),
         ("has no area", sides == 0),
-        ("lies outside of the image", (clipped_sides <= 0) & (beyond > 0)),
-        ("has no area in float32", clipped_sides <= 0),
+        ("lies outside of the image", useless & (beyond > 0)),
+        ("has no area in float32", useless),
     ):
         for index in np.flatnonzero(wrong):
             faults.setdefault(int(index), text)
@@ -289,4 +293,4 @@ def _clip(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, dict[int, 
             f"at most {beyond.max():.4g} pixels",
             stacklevel=5,
         )
-    return clipped.astype(np.float32), faults
+    return clipped, faults

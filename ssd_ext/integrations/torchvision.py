@@ -54,7 +54,7 @@ except ImportError as _error:
         name="torchvision",
     ) from _error
 
-from ssd_ext import ops, unpad
+from ssd_ext import ops
 
 Model = TypeVar("Model", bound=nn.Module)
 # What torchvision passes: (h, w) of each image; its targets or detections
@@ -162,9 +162,9 @@ class _SSD(_OnOps, SSD):
         loc, conf = ops.multibox_loss(
             head_outputs["bbox_regression"],
             head_outputs["cls_logits"],
-            ops.encode(boxes, _priors(anchors[0], boxes.dtype), coding["variances"]),
+            ops.encode(boxes, _priors(anchors[0], boxes.dtype), variances=coding["variances"]),
             labels,
-            ratio=self.neg_to_pos_ratio,
+            neg_to_pos_ratio=self.neg_to_pos_ratio,
         )
         return {"bbox_regression": loc, "classification": conf}
 
@@ -180,14 +180,14 @@ class _SSD(_OnOps, SSD):
             head_outputs["bbox_regression"],
             logits,
             _priors(image_anchors[0], logits.dtype),
-            self.score_thresh,
-            self.nms_thresh,
-            self.topk_candidates,
-            min(self.detections_per_img, logits[0].numel()),
+            score_threshold=self.score_thresh,
+            iou_threshold=self.nms_thresh,
+            topk_per_class=self.topk_candidates,
+            max_detections=min(self.detections_per_img, logits[0].numel()),
             window=(0, 0, width, height),
             **coding,
         )
-        return unpad(*found)
+        return ops.unpad(*found)
 
 
 class _RetinaNet(_OnOps, RetinaNet):
@@ -217,10 +217,10 @@ class _RetinaNet(_OnOps, RetinaNet):
                     deltas,
                     logits,
                     _priors(of_level, logits.dtype),
-                    self.score_thresh,
-                    1.0,
-                    best,
-                    best,
+                    score_threshold=self.score_thresh,
+                    iou_threshold=1.0,
+                    topk_per_class=best,
+                    max_detections=best,
                     activation="sigmoid",
                     **coding,
                 )
@@ -228,7 +228,8 @@ class _RetinaNet(_OnOps, RetinaNet):
         boxes, scores, labels = (torch.cat(of_levels, 1) for of_levels in list(zip(*levels, strict=True))[:3])
         scores = scores.masked_fill(labels < 0, torch.nan)  # the padding
         return [
-            _detections(self, clip_boxes_to_image(boxes[i], shape), scores[i], labels[i])
+            # torchvision's labels are columns of the logits, which count from 0
+            _detections(self, clip_boxes_to_image(boxes[i], shape), scores[i], labels[i] - 1)
             for i, shape in enumerate(image_shapes)
         ]
 
@@ -357,7 +358,11 @@ def _coding(coder: Any) -> dict[str, Any] | None:
     if type(coder) is not BoxCoder:
         return None
     x, y, width, height = coder.weights
-    return {"variances": (1 / x, 1 / width), "clip": coder.bbox_xform_clip} if (x, width) == (y, height) else None
+    return (
+        {"variances": (1 / x, 1 / width), "bbox_xform_clip": coder.bbox_xform_clip}
+        if (x, width) == (y, height)
+        else None
+    )
 
 
 def _detect_suits(model: SSD | RetinaNet, generator: type) -> bool:

@@ -13,6 +13,7 @@ except ImportError as _error:
     raise ImportError('ssd_ext.models needs torchvision: pip install "ssd_ext[train]"', name="torchvision") from _error
 
 from ssd_ext.loss import MultiBoxLoss
+from ssd_ext.models.backbone import Backbone
 from ssd_ext.models.mobilenet import ssdlite320_mobilenet_v2
 from ssd_ext.models.ssd import SSD
 from ssd_ext.models.vgg import ssd300_vgg16, ssd512_vgg16
@@ -25,6 +26,7 @@ MODELS: dict[str, Callable[..., SSD]] = {
 __all__ = [
     "MODELS",
     "SSD",
+    "Backbone",
     "LoadReport",
     "create",
     "load_weights",
@@ -44,7 +46,7 @@ def create(name: str, **kwargs: Any) -> SSD:
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    for key, made in (("priors", PriorSpec), ("loss", MultiBoxLoss)):
+    for key, made in (("prior_spec", PriorSpec), ("loss", MultiBoxLoss)):
         if isinstance(kwargs.get(key), dict):
             kwargs[key] = made(**kwargs[key])
     return MODELS[name](**kwargs)

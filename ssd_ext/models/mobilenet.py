@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 from torchvision.ops import Conv2dNormActivation
 
+from ssd_ext.models.backbone import Backbone
 from ssd_ext.models.ssd import SSD
 from ssd_ext.models.weights import Source, load_into
 from ssd_ext.priors import SSDLITE320, PriorSpec
@@ -18,7 +19,7 @@ _norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 _conv = partial(Conv2dNormActivation, norm_layer=_norm, activation_layer=nn.ReLU6)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Backbone):
     """torchvision's MobileNetV2 up to its 1280 channels at stride 32, and four extra levels.
 
     Source: Sandler et al., MobileNetV2 (2018), section 6.2.
@@ -29,14 +30,15 @@ class MobileNetV2(nn.Module):
         super().__init__()
         # eps stays that of the ImageNet weights: with 0.001, as in torchvision's SSDLite on MobileNetV3, they
         # compute something else (a third of their variances are below 0.001).
-        self.features = mobilenet_v2(norm_layer=partial(nn.BatchNorm2d, momentum=0.03)).features
-        self.channels = [self.features[EXPANSION].conv[0].out_channels, self.features[-1].out_channels, *EXTRAS]
-        self.extras = nn.ModuleList(_extra(*pair) for pair in zip(self.channels[1:], EXTRAS, strict=False))
+        features: Any = mobilenet_v2(norm_layer=partial(nn.BatchNorm2d, momentum=0.03)).features
+        self.features = features
+        channels = [features[-1].out_channels, *EXTRAS]
+        self.extras = nn.ModuleList(_extra(*pair) for pair in zip(channels, EXTRAS, strict=False))
         normal_(self.extras)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The expansion of block 14, the last map and the extra levels."""
-        blocks = list(self.features)
+        blocks: list[Any] = list(self.features)
         for block in blocks[:EXPANSION]:
             x = block(x)
         expand, *rest = blocks[EXPANSION].conv
@@ -86,7 +88,7 @@ def ssdlite320_mobilenet_v2(
     weights: Source | None = None,
     backbone_weights: Source | None = None,
     image_size: tuple[int, int] = (320, 320),
-    priors: PriorSpec = SSDLITE320,
+    prior_spec: PriorSpec = SSDLITE320,
     **settings: Any,
 ) -> SSD:
     """SSDLite on MobileNetV2. Training needs two images or more in a batch, for batch normalisation.
@@ -96,7 +98,7 @@ def ssdlite320_mobilenet_v2(
         weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
         backbone_weights: file or state dict of torchvision's ``mobilenet_v2``, trained on ImageNet.
         image_size: ``(H, W)`` in pixels that images are resized to.
-        priors: default: those of torchvision's ``ssdlite320_mobilenet_v3_large``.
+        prior_spec: default: those of torchvision's ``ssdlite320_mobilenet_v3_large``.
         **settings: more of :class:`ssd_ext.models.SSD`.
 
     Raises:
@@ -106,5 +108,5 @@ def ssdlite320_mobilenet_v2(
     """
     backbone = MobileNetV2()
     settings = {"head": separable_head, "name": "ssdlite320_mobilenet_v2", **settings}
-    model = SSD(backbone, backbone.channels, priors, num_classes, image_size=image_size, **settings)
+    model = SSD(backbone, prior_spec, num_classes, image_size=image_size, **settings)
     return load_into(model, weights, backbone_weights)

@@ -1,6 +1,6 @@
 """SSD around any backbone: heads, loss from images and targets, detections from images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssd_ext import ops
+from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
 from ssd_ext.loss import MultiBoxLoss
-from ssd_ext.ops.detect import detect, unpad
 from ssd_ext.priors import PriorSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -17,7 +18,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CAFFE_MEAN, CAFFE_STD = (0.48235, 0.45882, 0.40784), (1 / 255,) * 3
 
 Images = Sequence[Tensor] | Tensor
-Targets = Sequence[Mapping[str, Tensor]]
 
 
 def conv3x3_head(channels: int, outputs: int) -> nn.Module:
@@ -37,18 +37,21 @@ def xavier_(module: nn.Module) -> None:
 
 
 class SSD(nn.Module):
-    """A single shot detector: a backbone of several feature maps, two heads on each, priors.
+    """A single shot detector: a backbone of several feature maps, perhaps a neck, two heads on each map, priors.
 
     Images are RGB in 0..1; each is resized to ``image_size`` (bilinear) and
     normalised by ``mean`` and ``std``. Boxes are corners ``(x1, y1, x2, y2)`` in pixels of the images as given;
     labels are int64, 0 being background.
 
     Args:
-        backbone: ``backbone(x[B, 3, H, W]) -> list[Tensor]``, one ``[B, C_k, h_k, w_k]`` for each level of ``priors``.
-        channels: ``C_k`` of each.
-        priors: their shapes. The feature sizes are those that the backbone gives, whatever the spec says.
+        backbone: ``backbone(x[B, 3, H, W]) -> list[Tensor]``, feature maps ``[B, C_k, h_k, w_k]``; a
+            :class:`ssd_ext.models.Backbone`, or any module.
+        prior_spec: the shapes of the priors, level by level. The feature sizes are those of the maps, whatever the spec
+            says.
         num_classes: ``C``, with background.
-        image_size: ``(H, W)`` in pixels that images are resized to; default: that of ``priors``.
+        neck: ``neck(list[Tensor]) -> list[Tensor]``, from the backbone's maps to one map for each level of
+            ``prior_spec``, such as a feature pyramid. None: the backbone's maps are the levels.
+        image_size: ``(H, W)`` in pixels that images are resized to; default: that of ``prior_spec``.
         head: ``head(channels, outputs) -> nn.Module``, a map of the same size with ``outputs`` channels; called for
             the boxes, then for the classes of each level.
         mean: of the input, RGB in 0..1.
@@ -63,17 +66,17 @@ class SSD(nn.Module):
         name: of the builder, one of ``ssd_ext.models.MODELS``; None for a detector of your own.
 
     Attributes:
-        priors: the spec with this model's ``image_size`` and ``feature_sizes``.
-        prior_boxes: ``[P, 4]`` centre and size as fractions of the image; a buffer, not in the state.
+        prior_spec: the spec with this model's ``image_size`` and ``feature_sizes``.
+        priors: ``[P, 4]`` centre and size as fractions of the image; a buffer, not in the state.
 
     Raises:
-        ValueError: the backbone's maps do not fit ``priors`` or ``channels``, an image size that is too small for the
+        ValueError: another number of maps than ``prior_spec`` has levels, an image size that is too small for the
             backbone, fewer than two classes.
 
     Source: Liu et al., SSD (2016), section 2.
     """
 
-    prior_boxes: Tensor
+    priors: Tensor
     extent: Tensor
     mean: Tensor
     std: Tensor
@@ -81,10 +84,10 @@ class SSD(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        channels: Sequence[int],
-        priors: PriorSpec,
+        prior_spec: PriorSpec,
         num_classes: int,
         *,
+        neck: nn.Module | None = None,
         image_size: tuple[int, int] | None = None,
         head: Callable[[int, int], nn.Module] = conv3x3_head,
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -102,20 +105,19 @@ class SSD(nn.Module):
         self.name = name
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background and must be 2 or more, got {num_classes}")
-        self.image_size = cast("tuple[int, int]", tuple(image_size or priors.image_size))
+        self.image_size = cast("tuple[int, int]", tuple(image_size or prior_spec.image_size))
         self.num_classes = num_classes
-        shapes = _map_shapes(backbone, self.image_size)
-        found, sizes = [c for c, _, _ in shapes], tuple((rows, columns) for _, rows, columns in shapes)
-        if found != list(channels):
-            raise ValueError(f"channels must be those of the backbone's maps, {found}, got {list(channels)}")
-        if len(sizes) != len(priors.feature_sizes):
-            raise ValueError(
-                f"priors are for {len(priors.feature_sizes)} levels, the backbone has {len(sizes)}: {sizes}"
-            )
-        self.priors = replace(priors, image_size=self.image_size, feature_sizes=sizes)
-
         self.backbone = backbone
-        levels = list(zip(channels, priors.per_cell(), strict=True))
+        self.neck = neck
+        shapes = _map_shapes(backbone, neck, self.image_size)
+        sizes = tuple((rows, columns) for _, rows, columns in shapes)
+        if len(sizes) != len(prior_spec.feature_sizes):
+            raise ValueError(
+                f"prior_spec has {len(prior_spec.feature_sizes)} levels, but there are {len(sizes)} maps: {sizes}"
+            )
+        self.prior_spec = replace(prior_spec, image_size=self.image_size, feature_sizes=sizes)
+
+        levels = [(channels, n) for (channels, _, _), n in zip(shapes, prior_spec.per_cell(), strict=True)]
         self.box_heads = nn.ModuleList(head(c, 4 * n) for c, n in levels)
         self.class_heads = nn.ModuleList(head(c, num_classes * n) for c, n in levels)
         # Convolutions with weights in channels_last give channels_last maps, which _rows reads without a copy.
@@ -128,7 +130,7 @@ class SSD(nn.Module):
         self.iou_threshold = iou_threshold
         self.topk_per_class = topk_per_class
         self.max_detections = max_detections
-        self.register_buffer("prior_boxes", self.priors.boxes(), persistent=False)
+        self.register_buffer("priors", self.prior_spec.priors(), persistent=False)
         self.register_buffer("extent", _extent(torch.tensor([self.image_size]).float()), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -140,7 +142,7 @@ class SSD(nn.Module):
             "name": self.name,
             "num_classes": self.num_classes,
             "image_size": self.image_size,
-            "priors": asdict(self.priors),
+            "prior_spec": asdict(self.prior_spec),
             "mean": tuple(self.mean.flatten().tolist()),
             "std": tuple(self.std.flatten().tolist()),
             "loss": {**self.loss.matching, **self.loss.loss},
@@ -182,25 +184,30 @@ class SSD(nn.Module):
         Returns:
             ``deltas``: ``[B, P, 4]`` and ``logits``: ``[B, P, C]``, ordered as :attr:`priors`: level, y, x, aspect.
         """
-        maps = self.backbone(x)
+        maps = self.maps(x)
         return _rows(self.box_heads, maps, 4), _rows(self.class_heads, maps, self.num_classes)
 
-    def predict(self, batch: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Detections of fixed shape, without a wait for the GPU: what to compile, export or capture in a graph.
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The feature maps that the heads look at: the backbone's, through the neck if there is one."""
+        maps: list[Tensor] = self.backbone(x)
+        return maps if self.neck is None else self.neck(maps)
+
+    def predict(self, images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Detections of fixed shape, without a wait for the GPU.
 
         Args:
-            batch: ``[B, 3, H, W]`` from :meth:`transform`.
-            sizes: as :meth:`detections`.
+            images: as for :meth:`transform`. Of one tensor ``[B, 3, h, w]`` this can be compiled, exported and
+                captured in a CUDA graph.
 
         Returns:
-            As :meth:`detections`.
+            As :meth:`postprocess`, in pixels of the images as given. :func:`ssd_ext.ops.unpad` makes a list of them.
 
         Raises:
-            ValueError: as :meth:`detections`.
+            ValueError: as :meth:`transform`.
         """
-        return self.detections(*self.heads(batch), sizes)
+        return self.postprocess(*self.heads(self.transform(images)), self._sizes(images))
 
-    def detections(
+    def postprocess(
         self, deltas: Tensor, logits: Tensor, sizes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Detections of fixed shape from what :meth:`heads` gave.
@@ -208,87 +215,105 @@ class SSD(nn.Module):
         Args:
             deltas: ``[B, P, 4]``.
             logits: ``[B, P, C]``.
-            sizes: ``[B, 2]`` ``(h, w)`` in pixels of the images that boxes are meant for, on the model's
-                device; default: ``image_size``.
+            sizes: ``[B, 2]``, or ``[1, 2]`` for all alike: ``(h, w)`` in pixels of the images that boxes are meant for,
+                on the model's device; default: ``image_size``.
 
         Returns:
             ``boxes [B, K, 4]``, ``scores [B, K]``, ``labels [B, K]``, ``counts [B]``; ``K`` is ``max_detections``. See
             :func:`ssd_ext.ops.detect`. Boxes are clipped to the image.
 
         Raises:
-            ValueError: predictions for another number of priors than :attr:`priors` has.
+            ValueError: predictions for another number of priors than :attr:`prior_spec` has.
         """
-        self.priors.check(deltas.shape[1])
-        boxes, scores, labels, counts = detect(
+        self.prior_spec.check(deltas.shape[1])
+        boxes, scores, labels, counts = ops.detect(
             deltas,
             logits,
-            self.prior_boxes,
-            self.score_threshold,
-            self.iou_threshold,
-            self.topk_per_class,
-            self.max_detections,
+            self.priors,
+            score_threshold=self.score_threshold,
+            iou_threshold=self.iou_threshold,
+            topk_per_class=self.topk_per_class,
+            max_detections=self.max_detections,
             variances=self.loss.matching["variances"],
             window=(0.0, 0.0, 1.0, 1.0),
         )
-        extent = self.extent if sizes is None else _extent(sizes)
-        return boxes * extent.to(boxes)[:, None], scores, labels, counts
+        return boxes * self._extents(sizes).to(boxes)[:, None], scores, labels, counts
 
     @overload
     def forward(self, images: Images, targets: None = None) -> list[dict[str, Tensor]]: ...
 
     @overload
-    def forward(self, images: Images, targets: Targets) -> dict[str, Tensor]: ...
+    def forward(self, images: Images, targets: GroundTruth | Targets) -> dict[str, Tensor]: ...
 
-    def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward(
+        self, images: Images, targets: GroundTruth | Targets | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """The losses where there are targets, else the detections.
 
         Args:
             images: a list of ``[3, h, w]``, of any sizes, or ``[B, 3, h, w]``; RGB in 0..1.
-            targets: of each image ``{"boxes": [G, 4], "labels": [G]}``; an image may have none. Labels 1..C-1.
+            targets: the objects of the images, boxes in pixels of the images as given, labels 1..C-1: a
+                :class:`ssd_ext.GroundTruth`, or a list with a dict ``{"boxes": [G, 4], "labels": [G]}`` for each image.
+                An image may have none.
 
         Returns:
             With targets ``{"bbox_regression": scalar, "classification": scalar}``, to be added up; NaN or infinite
             where the predictions are. Without, of each image ``{"boxes": [N, 4], "scores": [N], "labels": [N]}`` by
-            falling score.
+            descending score.
 
         Raises:
             ValueError: as :meth:`transform`; targets that do not go with the images, or none in training mode;
                 as :class:`ssd_ext.MultiBoxLoss` does.
         """
-        if targets is None and self.training:
-            raise ValueError("targets must be given in training mode; call eval() to detect")
-        if targets is not None and len(targets) != len(images):
-            raise ValueError(f"targets must be as many as images, {len(images)}, got {len(targets)}")
-        batch = self.transform(images)
-        sizes = torch.tensor([image.shape[-2:] for image in images]).view(-1, 2).to(batch.device, non_blocking=True)
         if targets is None:
-            return unpad(*self.predict(batch, sizes))
-        return self.losses(*self.heads(batch), targets, sizes)
+            if self.training:
+                raise ValueError("targets must be given in training mode; call eval() to detect")
+            return ops.unpad(*self.predict(images))
+        ground_truth = as_ground_truth(targets).to(self.mean.device)
+        if ground_truth.num_images != len(images):
+            raise ValueError(
+                f"targets must be of the {len(images)} images given, got those of {ground_truth.num_images}"
+            )
+        return self.losses(*self.heads(self.transform(images)), ground_truth, self._sizes(images))
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's is of any arguments and any result
 
-    def losses(self, deltas: Tensor, logits: Tensor, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, deltas: Tensor, logits: Tensor, ground_truth: GroundTruth, sizes: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The losses from what :meth:`heads` gave.
 
         Args:
             deltas: ``[B, P, 4]``.
             logits: ``[B, P, C]``.
-            targets: as :meth:`forward` takes them.
-            sizes: ``[B, 2]`` ``(h, w)`` in pixels of the images that the targets' boxes are in.
+            ground_truth: the objects of the images.
+            sizes: as for :meth:`postprocess`, of the images that the boxes are in.
 
         Returns:
             As :meth:`forward`.
 
         Raises:
-            ValueError: as :meth:`detections`, and as :meth:`forward` of targets.
+            ValueError: as :meth:`postprocess`, and as :class:`ssd_ext.MultiBoxLoss` does.
         """
-        self.priors.check(deltas.shape[1])
-        extents = _extent(sizes).to(self.prior_boxes)
-        boxes = [_boxes(target["boxes"], i).to(extents) for i, target in enumerate(targets)]
-        relative = [of_image / extent for of_image, extent in zip(boxes, extents, strict=True)]
-        loc, conf = self.loss(deltas, logits, relative, [target["labels"] for target in targets], self.prior_boxes)
+        self.prior_spec.check(deltas.shape[1])
+        relative = ground_truth.divided(self._extents(sizes).to(self.priors))
+        loc, conf = self.loss(deltas, logits, relative, self.priors)
         return {"bbox_regression": loc, "classification": conf}
+
+    def _sizes(self, images: Images) -> Tensor | None:
+        """``(h, w)`` of the images, ``[B, 2]`` or ``[1, 2]`` for all alike; None for ``image_size``."""
+        shapes = [tuple(images.shape[-2:])] if isinstance(images, Tensor) else [tuple(x.shape[-2:]) for x in images]
+        if all(shape == self.image_size for shape in shapes):
+            return None
+        if len(set(shapes)) > 1:
+            return torch.tensor(shapes).to(self.mean.device, non_blocking=True)
+        # Filled where they are needed: copying them from the host would not fit into a CUDA graph.
+        return torch.stack([torch.full((1,), n, dtype=torch.float32, device=self.mean.device) for n in shapes[0]], 1)
+
+    def _extents(self, sizes: Tensor | None) -> Tensor:
+        """``(w, h, w, h)`` in pixels: what relative corners are multiplied by."""
+        return self.extent if sizes is None else _extent(sizes)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for ``print``."""
@@ -311,13 +336,6 @@ def _extent(sizes: Tensor) -> Tensor:
     return sizes.flip(-1).repeat(1, 2)
 
 
-def _boxes(boxes: Tensor, image: int) -> Tensor:
-    boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes of targets[{image}] must be [G, 4], got {list(boxes.shape)}")
-    return boxes
-
-
 def _check_image(image: Tensor, name: str, dims: int) -> None:
     if image.dim() != dims or image.shape[-3] != 3:
         expected = "[3, h, w]" if dims == 3 else "[B, 3, h, w]"
@@ -326,14 +344,20 @@ def _check_image(image: Tensor, name: str, dims: int) -> None:
         raise ValueError(f"{name} must be RGB in 0..1 of floating point, got {image.dtype} (divide bytes by 255)")
 
 
-def _map_shapes(backbone: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """``(channels, rows, columns)`` of the backbone's maps, without computing them."""
+def _map_shapes(backbone: nn.Module, neck: nn.Module | None, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """``(channels, rows, columns)`` of the maps that the heads look at, without computing them."""
     if min(image_size) < 1:  # which torch 2.11 convolves
         raise ValueError(f"image_size {image_size} does not suit the backbone: it must be positive")
-    state = {name: t.to("meta") for name, t in [*backbone.named_parameters(), *backbone.named_buffers()]}
     try:
         # two images: of one, batch normalisation refuses a map of a single cell
-        maps = torch.func.functional_call(backbone, state, torch.empty(2, 3, *image_size, device="meta"))
+        maps = _on_meta(backbone, torch.empty(2, 3, *image_size, device="meta"))
+        maps = maps if neck is None else _on_meta(neck, maps)
     except RuntimeError as error:
         raise ValueError(f"image_size {image_size} does not suit the backbone: {error}") from error
     return [(channels, rows, columns) for _, channels, rows, columns in (x.shape for x in maps)]
+
+
+def _on_meta(module: nn.Module, x: Any) -> list[Tensor]:
+    state = {name: t.to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    maps: list[Tensor] = torch.func.functional_call(module, state, (x,))
+    return maps

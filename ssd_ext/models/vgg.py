@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssd_ext.models.backbone import Backbone
 from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, SSD, xavier_
 from ssd_ext.models.weights import Source, load_into
 from ssd_ext.priors import SSD300_COCO, SSD512_COCO, PriorSpec
@@ -20,7 +21,7 @@ SSD300_EXTRAS = (*_CONV8_9, (128, 256, 3, 1, 0), (128, 256, 3, 1, 0))
 SSD512_EXTRAS = (*_CONV8_9, (128, 256, 3, 2, 1), (128, 256, 3, 2, 1), (128, 256, 4, 1, 1))
 
 
-class VGG16(nn.Module):
+class VGG16(Backbone):
     """VGG16 up to conv5_3, conv6 and conv7 in place of its fully connected layers, and the extra levels.
 
     ``features`` has the indices of torchvision's ``vgg16().features``, the last pool apart, and goes on to conv7.
@@ -36,8 +37,8 @@ class VGG16(nn.Module):
         super().__init__()
         self.features = _features()
         self.scale = nn.Parameter(torch.full((512,), 20.0))
-        self.channels = [512, 1024, *(width for _, width, *_ in extras)]
-        self.extras = nn.ModuleList(_level(*pair) for pair in zip(self.channels[1:], extras, strict=False))
+        channels = [1024, *(width for _, width, *_ in extras)]
+        self.extras = nn.ModuleList(_level(*pair) for pair in zip(channels, extras, strict=False))
         xavier_(self.extras)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -94,7 +95,7 @@ def ssd300_vgg16(
     weights: Source | None = None,
     backbone_weights: Source | None = None,
     image_size: tuple[int, int] = (300, 300),
-    priors: PriorSpec = SSD300_COCO,
+    prior_spec: PriorSpec = SSD300_COCO,
     **settings: Any,
 ) -> SSD:
     """SSD300 of the paper, as torchvision's ``ssd300_vgg16`` builds it.
@@ -104,7 +105,7 @@ def ssd300_vgg16(
         weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
         backbone_weights: a VGG16's file or state dict, trained on ImageNet.
         image_size: ``(H, W)`` in pixels that images are resized to.
-        priors: default: torchvision's.
+        prior_spec: default: torchvision's.
         **settings: more of :class:`ssd_ext.models.SSD`.
 
     Raises:
@@ -114,7 +115,7 @@ def ssd300_vgg16(
     Source: Liu et al., SSD (2016), section 3.
     """
     settings["name"] = "ssd300_vgg16"
-    return _ssd_vgg16(VGG16(SSD300_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
+    return _ssd_vgg16(VGG16(SSD300_EXTRAS), prior_spec, num_classes, weights, backbone_weights, image_size, settings)
 
 
 def ssd512_vgg16(
@@ -123,7 +124,7 @@ def ssd512_vgg16(
     weights: Source | None = None,
     backbone_weights: Source | None = None,
     image_size: tuple[int, int] = (512, 512),
-    priors: PriorSpec = SSD512_COCO,
+    prior_spec: PriorSpec = SSD512_COCO,
     **settings: Any,
 ) -> SSD:
     """SSD512: :func:`ssd300_vgg16` with one level more.
@@ -133,7 +134,7 @@ def ssd512_vgg16(
         weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
         backbone_weights: a VGG16's file or state dict, trained on ImageNet.
         image_size: ``(H, W)`` in pixels that images are resized to.
-        priors: default: those of the released COCO model.
+        prior_spec: default: those of the released COCO model.
         **settings: more of :class:`ssd_ext.models.SSD`.
 
     Raises:
@@ -142,12 +143,12 @@ def ssd512_vgg16(
     Source: Liu et al., SSD (2016), section 3.3, footnote 5.
     """
     settings["name"] = "ssd512_vgg16"
-    return _ssd_vgg16(VGG16(SSD512_EXTRAS), priors, num_classes, weights, backbone_weights, image_size, settings)
+    return _ssd_vgg16(VGG16(SSD512_EXTRAS), prior_spec, num_classes, weights, backbone_weights, image_size, settings)
 
 
 def _ssd_vgg16(
     backbone: VGG16,
-    priors: PriorSpec,
+    prior_spec: PriorSpec,
     num_classes: int,
     weights: Source | None,
     backbone_weights: Source | None,
@@ -155,5 +156,5 @@ def _ssd_vgg16(
     settings: dict[str, Any],
 ) -> SSD:
     settings = {"mean": CAFFE_MEAN, "std": CAFFE_STD, **settings}
-    model = SSD(backbone, backbone.channels, priors, num_classes, image_size=image_size, **settings)
+    model = SSD(backbone, prior_spec, num_classes, image_size=image_size, **settings)
     return load_into(model, weights, backbone_weights)

@@ -15,6 +15,7 @@ from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, IMAGENET_MEAN, IMAGENET_ST
 from ssd_ext.priors import SSD300_VOC_RELEASED
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
+_FEATURES = "backbone.features."  # of a Backbone: what a classifier's weights are for
 
 # What a VGG16's first convolution was trained on: order of the channels, mean and std as RGB in 0..1.
 CONVENTIONS = {
@@ -55,7 +56,7 @@ class _Layout:
 
     name: str
     marker: str
-    rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+    rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str | None]]]
     detector: bool = True
     convention: str | None = None  # None: the model's own
 
@@ -113,8 +114,8 @@ _LAYOUTS = (
 # The first biases of the original VGG16 of Oxford, and of what was made from it. Its first weights
 # (0.43, 0.55, 0.48) come in the order of the channels: rising from first to last, they are blue's to red's.
 _ORIGINAL_BIAS = (0.734, 0.093, 0.068, 0.886)
-# What an ImageNet classifier may lack (conv6 and conv7 are made of its fc6 and fc7).
-_BEYOND_BACKBONE = re.compile(r"(box_heads|class_heads|backbone\.extras|backbone\.scale|backbone\.features\.3[13])\b")
+# What an ImageNet classifier may lack of a backbone's features: conv6 and conv7, which are made of its fc6 and fc7.
+_CONV6_CONV7 = re.compile(r"backbone\.features\.3[13]\b")
 
 
 def load_weights(model: SSD, source: Source, *, convention: str | None = None) -> LoadReport:
@@ -123,9 +124,11 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     - a state dict of ours, or a checkpoint with one under ``"model"``;
     - torchvision's ``ssd300_vgg16``;
     - amdegroot's ``ssd.pytorch`` (``vgg.*``, ``extras.*``, ``loc.*``, ``conf.*``, ``L2Norm.weight``). The released VOC
-      weights want ``priors=SSD300_VOC_RELEASED``; they bound centres to the image too, which ours do not;
+      weights want ``prior_spec=SSD300_VOC_RELEASED``; they bound centres to the image too, which ours do not;
     - a backbone alone: torchvision's ``mobilenet_v2``; ``vgg16`` under torchvision's names, or amdegroot's
-      ``vgg16_reducedfc``. fc6 and fc7 become conv6 and conv7, every fourth channel and every third cell.
+      ``vgg16_reducedfc``. fc6 and fc7 become conv6 and conv7, every fourth channel and every third cell;
+    - a backbone of your own: the state dict of all of it or of its ``features``, or of a classifier with such
+      ``features``; see :class:`ssd_ext.models.Backbone`.
 
     A detector of another number of classes leaves the model's class heads as they are; ``skipped`` lists its own.
     Either all of this is possible, or the model is unchanged. Detectors of torchvision and amdegroot turn the model's
@@ -152,7 +155,7 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
     where = "state dict" if isinstance(source, Mapping) else os.fspath(source)
     state = _tensors(source if isinstance(source, Mapping) else checkpoint.load(source), where)
-    layout = next((known for known in _LAYOUTS if any(re.match(known.marker, key) for key in state)), None)
+    layout = _own_backbone(model, state) or _known_layout(state)
     if layout is None:
         raise ValueError(f"{where}: not the weights of a known layout, with keys {_some(state)}")
     state = _atrous(state) if layout.name == "VGG16 backbone" else state
@@ -167,6 +170,25 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     return LoadReport(
         f"{layout.name}, {convention}" if convention else layout.name, list(ours), skipped, layout.detector
     )
+
+
+def _known_layout(state: Mapping[str, Tensor]) -> _Layout | None:
+    return next((known for known in _LAYOUTS if any(re.match(known.marker, key) for key in state)), None)
+
+
+def _own_backbone(model: SSD, state: Mapping[str, Tensor]) -> _Layout | None:
+    """The layout of a file for a backbone of the user's own: of all of it, or of its features, or of a classifier."""
+    names = model.state_dict().keys()
+    features = {name for name in names if name.startswith(_FEATURES)}
+    if model.name is not None:
+        return None
+    found = {prefix: len(features & {prefix + key for key in state}) for prefix in ("backbone.", _FEATURES)}
+    prefix = max(found, key=found.__getitem__)
+
+    def rename(match: re.Match[str]) -> str | None:
+        return prefix + match[0] if prefix + match[0] in names else None
+
+    return _Layout("backbone", "", [(r".+", rename)], detector=False) if found[prefix] else None
 
 
 def load_into(model: SSD, weights: Source | None, backbone_weights: Source | None) -> SSD:
@@ -218,9 +240,10 @@ def _fit(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` under the model's names, and the keys to skip."""
     target = model.state_dict()
-    ours, skipped, faults, other_classes = {}, [], [], set()
+    ours, skipped, faults, seen = {}, [], [], set()
     for key, value in state.items():
         name = layout.rename(key)
+        seen.add(name)
         if name is None and not layout.detector:
             skipped.append(key)  # the classifier
         elif name not in target:
@@ -229,12 +252,11 @@ def _fit(
             ours[name] = value
         elif name.startswith("class_heads.") and value.shape[1:] == target[name].shape[1:]:
             skipped.append(key)
-            other_classes.add(name)
         else:
             faults.append(f"{key} is {list(value.shape)}, the model's {name} {list(target[name].shape)}")
-    missing = target.keys() - ours.keys() - other_classes
+    missing = target.keys() - seen
     if not layout.detector:
-        missing = {name for name in missing if not _BEYOND_BACKBONE.match(name)}
+        missing = {name for name in missing if name.startswith(_FEATURES) and not _CONV6_CONV7.match(name)}
     faults += [f"{name} is missing" for name in target if name in missing]
     if faults:
         raise ValueError(f"{where}: this {layout.name} does not fit the model: {_some(faults, '; ')}")
@@ -274,9 +296,9 @@ def _convert(ours: dict[str, Tensor], convention: str, model: SSD, where: str) -
 
 def _warn_of_priors(layout: _Layout, model: SSD) -> None:
     released = SSD300_VOC_RELEASED.scales
-    if layout.name == "amdegroot detector" and model.num_classes == 21 and tuple(model.priors.scales) != released:
+    if layout.name == "amdegroot detector" and model.num_classes == 21 and tuple(model.prior_spec.scales) != released:
         warnings.warn(
-            f"amdegroot's VOC weights were trained with priors of scales {released} (SSD300_VOC_RELEASED), "
-            f"the model has {tuple(model.priors.scales)}",
+            f"amdegroot's VOC weights were trained with priors of the scales {released} (SSD300_VOC_RELEASED), "
+            f"the model has {tuple(model.prior_spec.scales)}",
             stacklevel=3,
         )

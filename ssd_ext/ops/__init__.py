@@ -6,17 +6,18 @@ wins a tie; the same input gives the same bits on every run, thread count and SI
 autocast floating inputs are cast to float32, and floating outputs are float32.
 """
 
-from ssd_ext.ops.boxes import box_iou, decode, encode
-from ssd_ext.ops.detect import detect
-from ssd_ext.ops.matching import assign_targets, match
-from ssd_ext.ops.mining import hard_negatives
-from ssd_ext.ops.multibox_loss import multibox_loss
-from ssd_ext.ops.nms import batched_nms, nms, nms_padded
-from ssd_ext.ops.soft_nms import soft_nms, soft_nms_padded
+from ssd_ext.ops._boxes import box_iou, decode, encode
+from ssd_ext.ops._detect import detect, unpad
+from ssd_ext.ops._matching import assign_targets, match
+from ssd_ext.ops._mining import hard_negatives
+from ssd_ext.ops._multibox_loss import multibox_loss
+from ssd_ext.ops._nms import batched_nms, batched_nms_padded, nms, nms_padded
+from ssd_ext.ops._soft_nms import soft_nms, soft_nms_padded
 
 __all__ = [
     "assign_targets",
     "batched_nms",
+    "batched_nms_padded",
     "box_iou",
     "decode",
     "detect",
@@ -28,4 +29,5 @@ __all__ = [
     "nms_padded",
     "soft_nms",
     "soft_nms_padded",
+    "unpad",
 ]

@@ -8,12 +8,13 @@ from ssd_ext.reference.detect import detect
 from ssd_ext.reference.matching import assign_targets, match
 from ssd_ext.reference.mining import hard_negatives
 from ssd_ext.reference.multibox_loss import multibox_loss
-from ssd_ext.reference.nms import batched_nms, nms, nms_padded
+from ssd_ext.reference.nms import batched_nms, batched_nms_padded, nms, nms_padded
 from ssd_ext.reference.soft_nms import soft_nms, soft_nms_padded
 
 __all__ = [
     "assign_targets",
     "batched_nms",
+    "batched_nms_padded",
     "box_iou",
     "decode",
     "detect",

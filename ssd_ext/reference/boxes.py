@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
+def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
     """``[..., P, 4]`` corners to deltas; see :func:`ssd_ext.ops.encode`."""
     low, high = boxes[..., :2], boxes[..., 2:]
     center, size = priors[:, :2], priors[:, 2:]
@@ -16,11 +16,15 @@ def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1,
 
 
 def decode(
-    deltas: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1, 0.2), clip: float = math.log(1000 / 16)
+    deltas: Tensor,
+    priors: Tensor,
+    *,
+    variances: tuple[float, float] = (0.1, 0.2),
+    bbox_xform_clip: float = math.log(1000 / 16),
 ) -> Tensor:
     """``[..., P, 4]`` deltas to corners; see :func:`ssd_ext.ops.decode`."""
     center = priors[:, :2] + deltas[..., :2] * variances[0] * priors[:, 2:]
-    size = torch.exp((deltas[..., 2:] * variances[1]).clamp(max=clip)) * priors[:, 2:]
+    size = torch.exp((deltas[..., 2:] * variances[1]).clamp(max=bbox_xform_clip)) * priors[:, 2:]
     return torch.cat([center - size / 2, center + size / 2], -1)
 
 
@@ -29,9 +33,9 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """``[N, 4]`` and ``[M, 4]`` to ``[N, M]``; 0 where the union is not a positive number."""
-    a, b = boxes_a[:, None], boxes_b[None]
+    a, b = boxes1[:, None], boxes2[None]
     extent = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     overlap = extent.clamp(min=0).prod(-1)
     union = area(a) + area(b) - overlap

@@ -1,6 +1,6 @@
 """Matching of priors with ground truth in plain PyTorch."""
 
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,15 +9,13 @@ from torch import Tensor
 from ssd_ext.reference.boxes import area, box_iou, encode
 
 if TYPE_CHECKING:
-    from ssd_ext.ops.matching import Ragged
+    from ssd_ext.ground_truth import GroundTruth
 
 
-def _images(gt_boxes: "Ragged") -> list[Tensor]:
-    """``[G, 4]`` of each image, from either form of ragged ground truth."""
-    if isinstance(gt_boxes, tuple) and len(gt_boxes) == 2 and not gt_boxes[1].is_floating_point():
-        rows, offsets = gt_boxes
-        gt_boxes = rows.split(offsets.diff().tolist())
-    return [boxes.reshape(-1, 4) for boxes in gt_boxes]
+def _images(ground_truth: "GroundTruth") -> list[tuple[Tensor, Tensor]]:
+    """Boxes and labels of each image."""
+    bounds = ground_truth.offsets.tolist()
+    return [(ground_truth.boxes[i:j], ground_truth.labels[i:j]) for i, j in pairwise(bounds)]
 
 
 def _corners(priors: Tensor) -> Tensor:
@@ -47,17 +45,18 @@ def _claims(iou: Tensor, force: str) -> list[tuple[int, int]]:
 
 
 def match(
-    gt_boxes: "Ragged",
+    ground_truth: "GroundTruth",
     priors: Tensor,
+    *,
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
     force: str = "bipartite",
 ) -> Tensor:
-    """Ragged ``[G, 4]`` corners and ``[P, 4]`` priors to ``[B, P]``; see :func:`ssd_ext.ops.match`."""
+    """Objects of B images and ``[P, 4]`` priors to ``[B, P]``; see :func:`ssd_ext.ops.match`."""
     low = iou_threshold if low_threshold is None else low_threshold
     corners = _corners(priors)
     rows = []
-    for boxes in _images(gt_boxes):
+    for boxes, _ in _images(ground_truth):
         row = torch.full((len(priors),), -1, dtype=torch.int64, device=priors.device)
         if len(boxes) and len(priors):
             iou = torch.where(_valid(boxes)[:, None], box_iou(boxes, corners), -1)
@@ -70,23 +69,21 @@ def match(
 
 
 def assign_targets(
-    gt_boxes: "Ragged",
-    gt_labels: Sequence[Tensor] | Tensor,
+    ground_truth: "GroundTruth",
     priors: Tensor,
+    *,
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
     force: str = "bipartite",
     variances: tuple[float, float] = (0.1, 0.2),
 ) -> tuple[Tensor, Tensor]:
-    """``(labels [B, P], deltas [B, P, 4])``; see :func:`ssd_ext.ops.assign_targets`."""
-    matches = match(gt_boxes, priors, iou_threshold, low_threshold, force)
-    labels = torch.where(matches == -2, -1, 0)
-    deltas = priors.new_zeros(*matches.shape, 4)
-    images = _images(gt_boxes)
-    of_images = gt_labels.split([len(boxes) for boxes in images]) if isinstance(gt_labels, Tensor) else gt_labels
-    for b, (boxes, classes) in enumerate(zip(images, of_images, strict=True)):
+    """``(target_deltas [B, P, 4], target_labels [B, P])``; see :func:`ssd_ext.ops.assign_targets`."""
+    matches = match(ground_truth, priors, iou_threshold=iou_threshold, low_threshold=low_threshold, force=force)
+    target_labels = torch.where(matches == -2, -1, 0)
+    target_deltas = priors.new_zeros(*matches.shape, 4)
+    for b, (boxes, labels) in enumerate(_images(ground_truth)):
         positive = (matches[b] >= 0).nonzero().flatten()
         matched = matches[b, positive]
-        labels[b, positive] = classes[matched]
-        deltas[b, positive] = encode(boxes[matched], priors[positive], variances)
-    return labels, deltas
+        target_labels[b, positive] = labels[matched]
+        target_deltas[b, positive] = encode(boxes[matched], priors[positive], variances=variances)
+    return target_deltas, target_labels

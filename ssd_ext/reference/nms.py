@@ -20,7 +20,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the kept boxes of all classes by falling score; see :func:`ssd_ext.ops.batched_nms`."""
-    keep = [idxs.new_empty(0)]
+    keep = [idxs.new_empty(0, dtype=torch.int64)]
     for i in idxs.unique():
         members = (idxs == i).nonzero().flatten()
         keep.append(members[nms(boxes[members], scores[members], iou_threshold)])
@@ -28,11 +28,17 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return kept[scores[kept].argsort(descending=True, stable=True)]
 
 
-def nms_padded(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, *, idxs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def nms_padded(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
     """``(keep [N] padded with -1, count [])``; see :func:`ssd_ext.ops.nms_padded`."""
-    kept = nms(boxes, scores, iou_threshold) if idxs is None else batched_nms(boxes, scores, idxs, iou_threshold)
+    return _padded(nms(boxes, scores, iou_threshold), boxes)
+
+
+def batched_nms_padded(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """``(keep [N] padded with -1, count [])``; see :func:`ssd_ext.ops.batched_nms_padded`."""
+    return _padded(batched_nms(boxes, scores, idxs, iou_threshold), boxes)
+
+
+def _padded(kept: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     keep = torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
     keep[: len(kept)] = kept
     return keep, torch.tensor(len(kept), device=boxes.device)

@@ -17,6 +17,7 @@ def soft_nms(
     boxes: Tensor,
     scores: Tensor,
     iou_threshold: float = 0.3,
+    *,
     sigma: float = 0.5,
     score_threshold: float = 0.001,
     method: str = "linear",

@@ -174,7 +174,7 @@ def build(check: Check) -> Outcome:
         module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         (ROOT / "ssd_ext" / module).unlink(missing_ok=True)  # as a process may have it in use
         shutil.copy(folder / "module" / module, ROOT / "ssd_ext")
-    report = Job([sys.executable, "-m", "ssd_ext.env"])
+    report = Job([sys.executable, "-m", "ssd_ext", "env"])
     check.run(report)
     if not re.search(r"^GPU: .*, covered by this build$", report.text, re.MULTILINE):
         notes = ["what was built does not load, or not cover this GPU"]

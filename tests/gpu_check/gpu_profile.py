@@ -37,7 +37,7 @@ from benchmarks.record import write_json
 from benchmarks.timing import CudaClock, eviction, memory_rate, replay
 from gpu_check.ncu import short
 from opinfo import OPS
-from opinfo.spec import Case, Inputs, OpInfo, convert
+from opinfo.spec import Case, OpInfo, convert
 from ssd_ext import ops
 
 CASES = (  # the most wanted first
@@ -62,22 +62,13 @@ CASES = (  # the most wanted first
     ("box_iou", "N=100 M=8732"),
 )
 # In these the length of the output depends on the data, which a graph cannot have; the kernels are the same.
-PADDED = {"nms": ops.nms_padded, "batched_nms": ops.nms_padded}
+PADDED = {"nms": ops.nms_padded, "batched_nms": ops.batched_nms_padded}
 CALLS = 10  # profiled
 
 
 def find(op_name: str, case_name: str) -> tuple[OpInfo, Case]:
     op = next(op for op in OPS if op.name == op_name)
     return op, next(case for case in op.cases if case.name == case_name and not case.backward)
-
-
-def flat(inputs: Inputs) -> Inputs:
-    """Ground truth as ``(boxes, offsets)``, which a graph can have, instead of lists."""
-    if not isinstance(inputs.get("gt_boxes"), list):
-        return inputs
-    boxes = inputs["gt_boxes"]
-    offsets = torch.tensor([0, *map(len, boxes)]).cumsum(0)
-    return inputs | {"gt_boxes": (torch.cat(boxes), offsets), "gt_labels": torch.cat(inputs["gt_labels"])}
 
 
 def kernel_times(events: Iterable[tuple[str, float]], calls: int) -> dict[str, dict[str, float]]:
@@ -166,7 +157,7 @@ def main() -> int:
         if perf_counter() - start > args.seconds:
             print(f"no time for {op.name}, {case.name} and what follows", flush=True)
             break
-        inputs = convert(flat(case.make(torch.Generator().manual_seed(20))), device=args.device)
+        inputs = convert(case.make(torch.Generator().manual_seed(20)), device=args.device)
         inputs = op.with_leaves(inputs)
         known: set[str] = set()
         for gradients in (False, True) if op.differentiable else (False,):

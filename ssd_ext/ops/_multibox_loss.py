@@ -14,18 +14,18 @@ def multibox_loss(
     deltas: Tensor,
     logits: Tensor,
     target_deltas: Tensor,
-    labels: Tensor,
-    ratio: float = 3.0,
+    target_labels: Tensor,
+    *,
+    neg_to_pos_ratio: float = 3.0,
+    min_negatives: int = 0,
     alpha: float = 1.0,
     beta: float = 1.0,
     normalize: str = "batch",
-    *,
-    min_negatives: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The MultiBox loss: smooth L1 of the positives, cross-entropy of positives and hardest negatives.
 
     Per image, the negatives that count are those that :func:`hard_negatives` marks by their cross-entropy,
-    ``k = min(max(floor(ratio * positives), min_negatives), negatives)`` of them. One pass over the logits;
+    ``k = min(max(floor(neg_to_pos_ratio * positives), min_negatives), negatives)`` of them. One pass over the logits;
     no softmax is kept, and the backward computes the selected rows alone.
 
     Args:
@@ -34,16 +34,16 @@ def multibox_loss(
             place, also ``[B, C, P]`` permuted; the gradient has the same layout.
         target_deltas: ``[B, P, 4]`` as :func:`assign_targets` gives them; a constant. Read where the label is
             positive.
-        labels: ``[B, P]`` int64, below ``C``: positive (> 0), background (0) or ignored (< 0: no part of
+        target_labels: ``[B, P]`` int64, below ``C``: positive (> 0), background (0) or ignored (< 0: no part of
             the loss).
-        ratio: negatives for each positive; finite, not negative.
+        neg_to_pos_ratio: negatives for each positive; finite, not negative.
+        min_negatives: negatives that count in every image as far as there are, even in one without positives.
         alpha: weight of ``loc``; finite.
         beta: ``|delta - target|`` from where smooth L1 is a line: ``0.5 e^2 / beta`` below, ``|e| - 0.5 beta``
             above, so 0 makes it L1.
         normalize: with the positives ``N_b`` of image ``b``, ``"batch"`` divides the sums over all images by
             ``max(1, sum of N_b)``, as the paper and torchvision do; ``"image"`` divides each image's by
             ``max(1, N_b)`` and takes the mean over images, so that images with few objects count as much.
-        min_negatives: negatives that count in every image as far as there are, even in one without positives.
 
     The floating tensors may be float32, float64, float16 or bfloat16 independently, on one device; the halves
     compute in float32, under autocast too.
@@ -66,7 +66,7 @@ def multibox_loss(
     :func:`ssd_ext.release_memory`.
 
     Raises:
-        ValueError: wrong shape, dtype or device; a ratio or ``beta`` that is negative or not finite, an
+        ValueError: wrong shape, dtype or device; a ``neg_to_pos_ratio`` or ``beta`` that is negative or not finite, an
             ``alpha`` that is not finite, negative ``min_negatives``, an unknown ``normalize``; on the CPU a
             label that is not below ``C``.
         RuntimeError: a gradient for ``target_deltas``, or a second derivative, is asked for.
@@ -82,8 +82,8 @@ def multibox_loss(
         deltas,
         logits,
         target_deltas,
-        labels,
-        ratio,
+        target_labels,
+        neg_to_pos_ratio,
         min_negatives,
         alpha,
         beta,
@@ -107,8 +107,8 @@ def _(
     deltas: Tensor,
     logits: Tensor,
     target_deltas: Tensor,
-    labels: Tensor,
-    ratio: float,
+    target_labels: Tensor,
+    neg_to_pos_ratio: float,
     min_negatives: int,
     alpha: float,
     beta: float,
@@ -119,12 +119,12 @@ def _(
         deltas.new_empty((), dtype=_computed_in(deltas)),
         logits.new_empty((), dtype=_computed_in(logits)),
         logits.new_empty(logits.shape[:2], dtype=ranks),
-        labels.new_empty(labels.shape[0]),
+        target_labels.new_empty(target_labels.shape[0]),
     )
 
 
 @fake("multibox_loss_logits_gradient")
-def _(grad_conf: Tensor, logits: Tensor, labels: Tensor, ranks: Tensor, divisors: Tensor) -> Tensor:
+def _(grad_conf: Tensor, logits: Tensor, target_labels: Tensor, ranks: Tensor, divisors: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -133,7 +133,7 @@ def _(
     grad_loc: Tensor,
     deltas: Tensor,
     target_deltas: Tensor,
-    labels: Tensor,
+    target_labels: Tensor,
     divisors: Tensor,
     alpha: float,
     beta: float,
@@ -142,9 +142,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    deltas, logits, target_deltas, labels, _, _, alpha, beta, _ = inputs
+    deltas, logits, target_deltas, target_labels, _, _, alpha, beta, _ = inputs
     _, _, ranks, divisors = output
-    ctx.save_for_backward(deltas, logits, target_deltas, labels, ranks, divisors)
+    ctx.save_for_backward(deltas, logits, target_deltas, target_labels, ranks, divisors)
     ctx.smooth_l1 = alpha, beta
     ctx.set_materialize_grads(False)
 
@@ -155,14 +155,16 @@ def _backward(ctx: Any, grad_loc: Tensor | None, grad_conf: Tensor | None, *_: A
         raise RuntimeError(
             "ssd_ext::multibox_loss has no gradient for target_deltas: they are constants (pass target_deltas.detach())"
         )
-    deltas, logits, target_deltas, labels, ranks, divisors = ctx.saved_tensors
+    deltas, logits, target_deltas, target_labels, ranks, divisors = ctx.saved_tensors
     for_deltas = for_logits = None
     if needs_deltas and grad_loc is not None:
         for_deltas = torch.ops.ssd_ext.multibox_loss_deltas_gradient.default(
-            grad_loc, deltas, target_deltas, labels, divisors, *ctx.smooth_l1
+            grad_loc, deltas, target_deltas, target_labels, divisors, *ctx.smooth_l1
         )
     if needs_logits and grad_conf is not None:
-        for_logits = torch.ops.ssd_ext.multibox_loss_logits_gradient.default(grad_conf, logits, labels, ranks, divisors)
+        for_logits = torch.ops.ssd_ext.multibox_loss_logits_gradient.default(
+            grad_conf, logits, target_labels, ranks, divisors
+        )
     return for_deltas, for_logits, *[None] * 7
 
 

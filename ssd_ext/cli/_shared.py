@@ -1,29 +1,15 @@
-"""What the command lines share."""
+"""Arguments that several subcommands have."""
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ssd_ext import _C
 from ssd_ext.data import Dataset, load_dataset
-
-EXPECTED = (ValueError, OSError, ImportError, RuntimeError)  # of which the message says what is wrong
-
-
-def run(main: Callable[[list[str] | None], None]) -> None:
-    """Run a command; an error that the user can mend is one sentence and exit status 1."""
-    try:
-        main(None)
-    except KeyboardInterrupt:
-        sys.exit("ssd_ext: interrupted")
-    except EXPECTED as e:
-        if os.environ.get("SSD_EXT_TRACEBACK"):
-            raise
-        sys.exit(f"ssd_ext: {e}")
+from ssd_ext.inference import load_detector
+from ssd_ext.models import SSD
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +36,9 @@ def read_data(path: str, split: str | None, classes: list[str] | None, args: arg
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """``--weights`` and what goes with files that do not tell their model."""
+    """``--weights``, and what is needed with files that hold only weights; for :func:`read_detector`."""
     parser.add_argument(
-        "--weights", required=True, metavar="FILE", help="checkpoint of ssd_ext.train, or other weights"
+        "--weights", required=True, metavar="FILE", help="checkpoint of ssd_ext train, or other weights"
     )
     parser.add_argument("--model", help="of weights from elsewhere, such as ssd300_vgg16")
     parser.add_argument("--num-classes", type=int, metavar="N", help="of weights from elsewhere, with the background")
@@ -67,3 +53,9 @@ def read_classes(path: str | None) -> list[str] | None:
         return None
     with open(path) as file:
         return [line.strip() for line in file if line.strip()]
+
+
+def read_detector(args: argparse.Namespace) -> tuple[SSD, list[str]]:
+    """The detector and the names of its classes, as ``args`` of :func:`add_weights` say."""
+    given = read_classes(args.classes)
+    return load_detector(args.weights, model=args.model, num_classes=args.num_classes, classes=given)

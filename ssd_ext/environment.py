@@ -1,4 +1,4 @@
-"""``python -m ssd_ext.env`` prints how this installation was built and where it runs, to paste into a bug report."""
+"""How this installation was built and where it runs: what ``ssd_ext env`` prints."""
 
 import os
 import platform
@@ -74,7 +74,3 @@ def report() -> str:
     ]
     width = max(len(name) for name, _ in facts) + 2
     return "\n".join(f"{name + ':':{width}}{fact}" for name, fact in facts)
-
-
-if __name__ == "__main__":
-    print(report())

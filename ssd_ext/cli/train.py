@@ -1,6 +1,6 @@
-"""Train a detector on your own images: ``python -m ssd_ext.train DATA --out FOLDER``.
+"""``ssd_ext train DATA --out FOLDER``.
 
-On several GPUs or in several CPU processes: ``torchrun --nproc-per-node N -m ssd_ext.train DATA --out FOLDER``.
+On several GPUs or in several CPU processes: ``torchrun --nproc-per-node N -m ssd_ext train DATA --out FOLDER``.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import torch
 from torch import distributed
 
-from ssd_ext import _cli
+from ssd_ext.cli import _shared
 from ssd_ext.models import MODELS, create, load_weights
 from ssd_ext.training import AMP, OPTIMIZERS, SCHEDULES, Recipe, fit, plot_history
 
@@ -26,10 +26,9 @@ RECIPES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the command line; options left out are the model's recipe."""
-    made = argparse.ArgumentParser("python -m ssd_ext.train", description=__doc__.split("\n")[0])
-    add = made.add_argument
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the recipe that are left out are the model's."""
+    add = parser.add_argument
     add("data", help="Pascal VOC folder or COCO .json")
     add("--out", required=True, metavar="FOLDER", help="for checkpoints, curves and TensorBoard")
     add("--split", default="train", help="of a VOC folder, to train on (default: %(default)s)")
@@ -41,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="start from this detector; heads for other classes are made anew")
     add("--backbone-weights", metavar="FILE", help="start from this ImageNet classifier")
     add("--resume", action="store_true", help="go on from FOLDER/last.pt if there is one")
-    _cli.add_data_rules(made)
-    _cli.add_device(made)
-    recipe = made.add_argument_group("recipe (default: the model's)")
+    _shared.add_data_rules(parser)
+    _shared.add_device(parser)
+    recipe = parser.add_argument_group("recipe (default: the model's)")
     for field in dataclasses.fields(Recipe):
         name = "--" + field.name.replace("_", "-")
         if field.type is bool:
@@ -51,10 +50,9 @@ def parser() -> argparse.ArgumentParser:
         elif field.name == "milestones":
             recipe.add_argument(name, type=float, nargs="+")
         else:
-            kind = {"clip_gradient": float, "ema": float}.get(field.name, type(field.default))
+            kind = {"clip_grad_norm": float, "ema": float}.get(field.name, type(field.default))
             choices = {"amp": tuple(AMP), "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.get(field.name)
             recipe.add_argument(name, type=kind, choices=choices, metavar=None if choices else "N")
-    return made
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -64,9 +62,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(**{**RECIPES.get(args.model, {}), **given})
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command; ``argv`` is by default that of the process."""
-    args = parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Train, as a rank of torchrun if started by it."""
     device = torch.device(args.device)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
@@ -76,10 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = ranks == 1 or distributed.get_rank() == 0
     recipe = recipe_of(args)
-    train_set = _cli.read_data(args.data, args.split, _cli.read_classes(args.classes), args)
+    train_set = _shared.read_data(args.data, args.split, _shared.read_classes(args.classes), args)
     val_set = None
     if args.val_data or args.val_split:
-        val_set = _cli.read_data(args.val_data or args.data, args.val_split, train_set.classes, args)
+        val_set = _shared.read_data(args.val_data or args.data, args.val_split, train_set.classes, args)
     torch.manual_seed(recipe.seed)  # of the heads' first weights
     size = {"image_size": tuple(args.image_size)} if args.image_size else {}
     model = create(args.model, num_classes=len(train_set.classes) + 1, backbone_weights=args.backbone_weights, **size)
@@ -89,15 +86,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.weights} holds a {report.format}: give it as --backbone-weights")
         if first:
             print(report)
-    run = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)
+    trained = fit(model, train_set, recipe, args.out, val_set=val_set, device=device, resume=args.resume)
     if first:
         try:
-            plot_history(run.history, os.path.join(args.out, "curves.png"))
+            plot_history(trained.history, os.path.join(args.out, "curves.png"))
         except ImportError:
             print('no curves.png: it needs matplotlib, pip install "ssd_ext[train]"')
     if ranks > 1:
         distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _cli.run(main)

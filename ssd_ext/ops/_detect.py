@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ssd_ext.ops._boxes import BBOX_XFORM_CLIP
 from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
-from ssd_ext.ops.boxes import DEFAULT_CLIP
 
 _SIGMOID = {"softmax": False, "sigmoid": True}
 
@@ -13,14 +13,14 @@ def detect(
     deltas: Tensor,
     logits: Tensor,
     priors: Tensor,
+    *,
     score_threshold: float = 0.01,
     iou_threshold: float = 0.45,
     topk_per_class: int = 400,
     max_detections: int = 200,
-    *,
     activation: str = "softmax",
     variances: tuple[float, float] = (0.1, 0.2),
-    clip: float = DEFAULT_CLIP,
+    bbox_xform_clip: float = BBOX_XFORM_CLIP,
     class_agnostic: bool = False,
     window: tuple[float, float, float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,19 +41,19 @@ def detect(
         topk_per_class: candidates of each class that NMS looks at, 1 or more.
         max_detections: ``K``, 1 or more.
         activation: ``"softmax"``: a prior's scores are the softmax of its row; column 0 is background
-            and never detected. ``"sigmoid"``: each element's own sigmoid; every column is a class,
-            column 0 too, and there is no background (RetinaNet).
+            and never detected. ``"sigmoid"``: each element's own sigmoid; there is no background, and
+            column ``k - 1`` is class ``k`` (RetinaNet).
         variances: of centre and size, as for :func:`ssd_ext.ops.decode`.
-        clip: upper bound of decoded sizes, as for :func:`ssd_ext.ops.decode`.
+        bbox_xform_clip: upper bound of decoded sizes, as for :func:`ssd_ext.ops.decode`.
         class_agnostic: boxes suppress those of other classes too.
         window: ``(x1, y1, x2, y2)`` that boxes are clipped to before NMS, in the units of ``priors``,
             one for all images; usually the image. ``None``: they are not clipped.
 
     Returns:
         ``boxes``: ``[B, K, 4]`` corners ``(x1, y1, x2, y2)`` in the units of ``priors``. ``scores``:
-        ``[B, K]``, falling. ``labels``: ``[B, K]`` int64, the column of ``logits``. ``counts``:
+        ``[B, K]``, descending. ``labels``: ``[B, K]`` int64, classes from 1 on. ``counts``:
         ``[B]`` int64, how many of an image's ``K`` are detections; the others have box 0, score 0
-        and label -1. :func:`ssd_ext.unpad` makes a list of them.
+        and label -1. :func:`unpad` makes a list of them.
 
     Ties: of equal scores the lowest class comes first, then the lowest prior, in the order of the
     result and in the choice of the best. A NaN score is never detected (softmax: nor is anything of
@@ -70,7 +70,7 @@ def detect(
     Raises:
         ValueError: wrong shape, dtype or device; a threshold outside 0..1; a ``topk_per_class`` or
             ``max_detections`` below 1; an unknown ``activation``; a variance that is not positive; a
-            NaN ``clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image; on
+            NaN ``bbox_xform_clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image; on
             CUDA, 2^28 or more images, or 2^31 or more eighths of priors of all images together.
         RuntimeError: a gradient is asked for.
 
@@ -90,7 +90,7 @@ def detect(
         max_detections,
         _SIGMOID[activation],
         list(variances),
-        clip,
+        bbox_xform_clip,
         class_agnostic,
         None if window is None else list(window),
     )
@@ -125,7 +125,7 @@ def _(
     max_detections: int,
     sigmoid: bool,
     variances: list[float],
-    clip: float,
+    bbox_xform_clip: float,
     class_agnostic: bool,
     window: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,5 +134,9 @@ def _(
     return logits.new_empty(*shape, 4), logits.new_empty(shape), labels, labels.new_empty(shape[0])
 
 
-refuse_gradient("detect", "it selects boxes; train on the deltas and logits that go into it")
+refuse_gradient(
+    "detect",
+    "it selects boxes; train on the deltas and logits that go into it (a detector of torchvision that accelerate() "
+    "changed has detections with gradients again after restore())",
+)
 autocast_to_float32("detect")

@@ -1,8 +1,9 @@
-"""Non-maximum suppression: nms, batched_nms, nms_padded."""
+"""Non-maximum suppression: nms, batched_nms, and the same with outputs of fixed size."""
 
 import torch
 from torch import Tensor
 
+from ssd_ext.ground_truth import as_int64
 from ssd_ext.ops._library import autocast_to_float32, define, fake, no_gradient
 
 define(
@@ -22,7 +23,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         iou_threshold: in 0..1; a box is suppressed where its IoU with a kept box is above (``>``).
 
     Returns:
-        ``[K]`` int64 indices of the kept boxes by falling score (ties: the lowest index first, and
+        ``[K]`` int64 indices of the kept boxes by descending score (ties: the lowest index first, and
         the lowest index is kept). A NaN score is never kept; a box with a NaN or infinite coordinate
         suppresses nothing.
 
@@ -45,33 +46,28 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Args:
         boxes: ``[N, 4]`` corners ``(x1, y1, x2, y2)``.
         scores: ``[N]``, same dtype and device.
-        idxs: ``[N]`` int64 class of each box, same device; any value.
+        idxs: ``[N]`` class of each box, integers of any width and any value, same device.
         iou_threshold: in 0..1; a box is suppressed where its IoU with a kept box is above (``>``).
 
     Returns:
-        ``[K]`` int64 indices of the kept boxes of all classes by falling score (ties: lowest index first).
+        ``[K]`` int64 indices of the kept boxes of all classes by descending score (ties: lowest index first).
 
     Raises:
         ValueError: wrong shape, dtype or device, or a threshold outside 0..1.
 
     Source: torchvision's ``batched_nms``.
     """
-    if idxs is None:
-        raise ValueError("idxs must be [N] int64, got None; nms takes boxes of one class")
-    keep: Tensor = torch.ops.ssd_ext.nms.default(boxes, scores, idxs, iou_threshold)
+    keep: Tensor = torch.ops.ssd_ext.nms.default(boxes, scores, _ids(idxs), iou_threshold)
     return keep
 
 
-def nms_padded(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, *, idxs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """:func:`nms` or :func:`batched_nms` with outputs of fixed size: no wait for the GPU, capturable in a CUDA graph.
+def nms_padded(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """:func:`nms` with outputs of fixed size: no wait for the GPU, capturable in a CUDA graph.
 
     Args:
         boxes: ``[N, 4]`` corners ``(x1, y1, x2, y2)``.
         scores: ``[N]``, same dtype and device.
         iou_threshold: in 0..1; a box is suppressed where its IoU with a kept box is above (``>``).
-        idxs: ``[N]`` int64 class of each box, or ``None``: all of one class.
 
     Returns:
         ``keep``: ``[N]`` int64, the indices of the kept boxes as :func:`nms` gives them, then ``-1``.
@@ -82,8 +78,36 @@ def nms_padded(
 
     Source: as :func:`nms`.
     """
-    kept: tuple[Tensor, Tensor] = torch.ops.ssd_ext.nms_padded.default(boxes, scores, idxs, iou_threshold)
+    kept: tuple[Tensor, Tensor] = torch.ops.ssd_ext.nms_padded.default(boxes, scores, None, iou_threshold)
     return kept
+
+
+def batched_nms_padded(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """:func:`batched_nms` with outputs of fixed size: no wait for the GPU, capturable in a CUDA graph.
+
+    Args:
+        boxes: ``[N, 4]`` corners ``(x1, y1, x2, y2)``.
+        scores: ``[N]``, same dtype and device.
+        idxs: ``[N]`` class of each box, integers of any width and any value, same device.
+        iou_threshold: in 0..1; a box is suppressed where its IoU with a kept box is above (``>``).
+
+    Returns:
+        As :func:`nms_padded`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or a threshold outside 0..1.
+
+    Source: as :func:`batched_nms`.
+    """
+    kept: tuple[Tensor, Tensor] = torch.ops.ssd_ext.nms_padded.default(boxes, scores, _ids(idxs), iou_threshold)
+    return kept
+
+
+def _ids(idxs: Tensor) -> Tensor:
+    if idxs is None or idxs.is_floating_point():
+        given = "None; nms and nms_padded take boxes of one class" if idxs is None else idxs.dtype
+        raise ValueError(f"idxs must be [N] integers, got {given}")
+    return as_int64(idxs)
 
 
 @fake("nms")

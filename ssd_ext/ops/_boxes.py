@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
 
-DEFAULT_CLIP = math.log(1000 / 16)
+BBOX_XFORM_CLIP = math.log(1000 / 16)
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
+def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
     """Encode boxes as deltas from priors, the targets of SSD's regression head.
 
     With a box's centre and size ``(gx, gy, gw, gh)`` and a prior ``(cx, cy, w, h)``:
@@ -40,7 +41,11 @@ def encode(boxes: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1,
 
 
 def decode(
-    deltas: Tensor, priors: Tensor, variances: tuple[float, float] = (0.1, 0.2), clip: float = DEFAULT_CLIP
+    deltas: Tensor,
+    priors: Tensor,
+    *,
+    variances: tuple[float, float] = (0.1, 0.2),
+    bbox_xform_clip: float = BBOX_XFORM_CLIP,
 ) -> Tensor:
     """Decode deltas from priors to boxes; the inverse of :func:`encode`.
 
@@ -49,37 +54,38 @@ def decode(
             the halves compute in float32.
         priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device; a constant.
         variances: of centre and size.
-        clip: upper bound of ``delta * variance`` of a size, before the exponential, so that no
-            delta makes an infinite box. ``math.inf`` turns it off.
+        bbox_xform_clip: upper bound of ``delta * variance`` of a size, before the exponential, so that no
+            delta makes an infinite box; as in torchvision there is no lower bound. ``math.inf`` turns it off.
 
     Returns:
         ``[..., P, 4]`` corners ``(x1, y1, x2, y2)`` in the units and order of ``priors``, not
         clipped to the image. A NaN delta gives NaN corners.
 
-    Differentiable in ``deltas`` in reverse mode, twice too; a size that ``clip`` bounds has no gradient.
+    Differentiable in ``deltas`` in reverse mode, twice too; a size that ``bbox_xform_clip`` bounds has no gradient.
     Not by forward-mode AD (``torch.func.jvp``).
 
     Raises:
-        ValueError: wrong shape, dtype or device, a variance that is not positive, a NaN ``clip``.
+        ValueError: wrong shape, dtype or device, a variance that is not positive, a NaN
+            ``bbox_xform_clip``.
         RuntimeError: a gradient for ``priors`` is asked for.
 
     Source: Liu et al., SSD (2016), eq. 2; torchvision's ``BoxCoder.decode``.
     """
-    boxes: Tensor = call(torch.ops.ssd_ext.decode.default, deltas, priors, list(variances), clip)
+    boxes: Tensor = call(torch.ops.ssd_ext.decode.default, deltas, priors, list(variances), bbox_xform_clip)
     return boxes
 
 
-def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every pair of two sets of boxes.
 
     Args:
-        boxes_a: ``[N, 4]`` corners ``(x1, y1, x2, y2)``, any units. float32, float64, float16 or
-            bfloat16; the halves compute in float32.
-        boxes_b: ``[M, 4]`` likewise, same dtype and device.
+        boxes1: ``[N, 4]`` corners ``(x1, y1, x2, y2)``, any units. float32, float64, float16 or
+            bfloat16; the halves compute in float32. Or integers, which compute in float64.
+        boxes2: ``[M, 4]`` corners in the same units, same dtype and device; of integers, any width.
 
     Returns:
-        ``[N, M]`` in 0..1. A box with a NaN or infinite coordinate, or without area, has IoU 0 with
-        everything (torchvision gives NaN).
+        ``[N, M]`` in 0..1, in the dtype of the boxes, or float32 for integers. A box with a NaN or infinite
+        coordinate, or without area, has IoU 0 with everything (torchvision gives NaN).
 
     Not differentiable; for a loss, use torchvision's ``generalized_box_iou_loss`` and its kin.
 
@@ -89,7 +95,9 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 
     Source: Everingham et al., PASCAL VOC (2010), section 4.2; torchvision's ``box_iou``.
     """
-    iou: Tensor = call(torch.ops.ssd_ext.box_iou.default, boxes_a, boxes_b)
+    if {boxes1.dtype, boxes2.dtype} <= INTEGERS:
+        return box_iou(boxes1.double(), boxes2.double()).float()
+    iou: Tensor = call(torch.ops.ssd_ext.box_iou.default, boxes1, boxes2)
     return iou
 
 
@@ -99,13 +107,13 @@ def _(boxes: Tensor, priors: Tensor, variances: list[float]) -> Tensor:
 
 
 @fake("decode")
-def _(deltas: Tensor, priors: Tensor, variances: list[float], clip: float) -> Tensor:
+def _(deltas: Tensor, priors: Tensor, variances: list[float], bbox_xform_clip: float) -> Tensor:
     return torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
 
 
 @fake("box_iou")
-def _(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    return boxes_a.new_empty(boxes_a.shape[0], boxes_b.shape[0])
+def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    return boxes1.new_empty(boxes1.shape[0], boxes2.shape[0])
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,176 @@
+"""Ground truth of a batch, in one form from the loader to the kernels: GroundTruth."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# As torchvision's detectors take them: of each image {"boxes": [G_b, 4], "labels": [G_b]}.
+Targets = Sequence[Mapping[str, Tensor]]
+_NARROW = {torch.uint8, torch.int8, torch.int16, torch.int32}
+
+
+class GroundTruth(NamedTuple):
+    """The objects of a batch of images, image by image, in three tensors on one device.
+
+    Image ``b`` has the rows ``offsets[b]`` to ``offsets[b + 1] - 1``. Rows from ``offsets[B]`` on are padding and
+    belong to no image: give a CUDA graph tensors of a fixed size that way.
+
+    Attributes:
+        boxes: ``[G, 4]`` corners ``(x1, y1, x2, y2)``. float32, float64, float16 or bfloat16.
+        labels: ``[G]`` int64 classes, from 1 on, as 0 is background; -1 marks a region to ignore.
+        offsets: ``[B + 1]`` int64, ascending from 0.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_lists(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> "GroundTruth":
+        """Ground truth of lists with one tensor for each image.
+
+        Args:
+            boxes: ``[G_b, 4]`` of each image; ``[0]`` counts as none. Those of different types are promoted to one.
+            labels: ``[G_b]`` integers of each image. None: every object has label 1, as for a proposal network.
+
+        Raises:
+            ValueError: a tensor of another shape, or lists of different lengths.
+        """
+        if isinstance(boxes, Tensor) or isinstance(labels, Tensor):
+            raise ValueError("GroundTruth.from_lists: boxes and labels must be lists with a tensor for each image")
+        images = [_boxes(of_image, b) for b, of_image in enumerate(boxes)]
+        counts = [len(of_image) for of_image in images]
+        rows = _joined(images, images[0] if images else torch.empty(0, 4))
+        classes = torch.ones(len(rows), dtype=torch.int64, device=rows.device)
+        if labels is not None:
+            if (given := [of_image.numel() for of_image in labels]) != counts:
+                raise ValueError(f"GroundTruth.from_lists: labels must have {counts} entries, as boxes, got {given}")
+            classes = as_int64(_joined(labels, classes))
+        bounds = [0]
+        for count in counts:
+            bounds.append(bounds[-1] + count)
+        return cls(rows, classes, torch.tensor(bounds).to(rows.device, non_blocking=True))
+
+    @classmethod
+    def from_targets(cls, targets: Targets) -> "GroundTruth":
+        """Ground truth of a list of dicts, one for each image, as torchvision's detectors take them.
+
+        Args:
+            targets: of each image ``{"boxes": [G_b, 4], "labels": [G_b]}``; what else a dict holds is not looked at.
+
+        Raises:
+            ValueError: as :meth:`from_lists`; a target without boxes or labels.
+        """
+        for b, target in enumerate(targets):
+            if not (isinstance(target, Mapping) and "boxes" in target and "labels" in target):
+                had = list(target) if isinstance(target, Mapping) else type(target).__name__
+                raise ValueError(f"targets[{b}] must be a dict with boxes and labels, got {had}")
+        return cls.from_lists([target["boxes"] for target in targets], [target["labels"] for target in targets])
+
+    @property
+    def num_images(self) -> int:
+        """``B``."""
+        return self.offsets.shape[0] - 1
+
+    def to(self, *args: Any, **kwargs: Any) -> "GroundTruth":
+        """All three tensors by :meth:`torch.Tensor.to` to a device; a dtype is that of the boxes alone."""
+        boxes = self.boxes.to(*args, **kwargs)
+        labels, offsets = (t.to(boxes.device, non_blocking=kwargs.get("non_blocking", False)) for t in self[1:])
+        return GroundTruth(boxes, labels, offsets)
+
+    def to_targets(self) -> list[dict[str, Tensor]]:
+        """The inverse of :meth:`from_targets`, without the padding. The offsets are copied to the host."""
+        bounds = self.offsets.tolist()
+        return [{"boxes": self.boxes[i:j], "labels": self.labels[i:j]} for i, j in pairwise(bounds)]
+
+    def divided(self, extents: Tensor) -> "GroundTruth":
+        """With every box divided by its image's row of ``extents``: pixels become fractions of the image.
+
+        Args:
+            extents: ``[B, 4]`` floats ``(w, h, w, h)`` on the same device, whose type the boxes get; ``[1, 4]`` for all
+                images alike.
+        """
+        if len(extents) > 1:
+            rows = torch.arange(len(self.boxes), device=self.offsets.device)
+            image = torch.bucketize(rows, self.offsets[1:], right=True)  # the padding has B
+            extents = extents[image.clamp(max=len(extents) - 1)]
+        return self._replace(boxes=self.boxes.to(extents) / extents)
+
+    def validate(self, num_classes: int | None = None) -> None:
+        """Raise for the first object that cannot be matched or whose label is out of range. Waits for the GPU.
+
+        Args:
+            num_classes: ``C``, with background; None: labels have no upper bound.
+
+        Raises:
+            ValueError: a box with a NaN, an infinity or without area, or a label that is neither in ``1..C - 1`` nor
+                -1; names image, box and value.
+        """
+        used = int(self.offsets[-1])
+        boxes, labels = self.boxes[:used], self.labels[:used]
+        for row in (~are_valid(boxes)).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                "ground truth must be finite (x1, y1, x2, y2) with x1 < x2, y1 < y2 and an area that its dtype holds, "
+                f"got {boxes[row].tolist()} ({self._place(row)})"
+            )
+        top = torch.iinfo(torch.int64).max if num_classes is None else num_classes - 1
+        for row in ((labels < -1) | (labels == 0) | (labels > top)).nonzero().flatten().tolist()[:1]:
+            valid = "1 or more" if num_classes is None else f"in 1..{top}"
+            raise ValueError(
+                f"label must be {valid} (0 is background, -1 a region to ignore), got {int(labels[row])} "
+                f"({self._place(row)})"
+            )
+
+    def _place(self, row: int) -> str:
+        bounds = self.offsets.cpu()
+        image = int(torch.searchsorted(bounds, torch.tensor(row), right=True)) - 1
+        return f"image {image}, box {row - int(bounds[image])}"
+
+
+def as_ground_truth(value: GroundTruth | Targets) -> GroundTruth:
+    """What the public functions do first: a list of target dicts becomes a :class:`GroundTruth`.
+
+    Raises:
+        ValueError: anything else, and as :meth:`GroundTruth.from_targets`.
+    """
+    if isinstance(value, GroundTruth):
+        return value
+    if isinstance(value, list | tuple) and not any(isinstance(item, Tensor) for item in value):
+        return GroundTruth.from_targets(value)
+    held = f"a {type(value).__name__} of tensors" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+    raise ValueError(
+        "ground truth must be a GroundTruth or a list of dicts with boxes and labels, one for each image (of lists of "
+        f"tensors, GroundTruth.from_lists(boxes, labels) makes one), got {held}"
+    )
+
+
+def are_valid(boxes: Tensor) -> Tensor:
+    """``[N]`` bool: which of ``[N, 4]`` corners can be matched: finite, with an area above 0 that their dtype holds.
+
+    The halves are taken as the float32 that the ops compute in.
+    """
+    corners = boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
+    extent = corners[:, 2:] - corners[:, :2]
+    area = extent.prod(1)
+    return torch.isfinite(corners).all(1) & (extent > 0).all(1) & torch.isfinite(area) & (area > 0)
+
+
+def as_int64(values: Tensor) -> Tensor:
+    """Integers of any width as int64; other types as they are, for the op to refuse."""
+    return values.long() if values.dtype in _NARROW else values
+
+
+def _boxes(boxes: Tensor, image: int) -> Tensor:
+    boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes of image {image} must be [G, 4], got {list(boxes.shape)}")
+    return boxes.as_subclass(Tensor)
+
+
+def _joined(tensors: Sequence[Tensor], empty: Tensor) -> Tensor:
+    """Their rows, of one tensor without a copy. Empty ones do not decide the type: torch.tensor([]) is float32."""
+    full = [t for t in tensors if len(t)]
+    return empty if not full else full[0] if len(full) == 1 else torch.cat(full)

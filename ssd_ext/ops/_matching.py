@@ -1,0 +1,172 @@
+"""Matching of priors with ground truth: match, assign_targets."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
+from ssd_ext.ops._library import autocast_to_float32, call, fake, no_gradient, refuse_gradient
+
+FORCE = {"none": 0, "last": 1, "bipartite": 2}
+
+
+def match(
+    ground_truth: GroundTruth | Targets,
+    priors: Tensor,
+    *,
+    iou_threshold: float = 0.5,
+    low_threshold: float | None = None,
+    force: str = "bipartite",
+    validate: bool = False,
+) -> Tensor:
+    """Match every prior of every image with a ground-truth box, or with none.
+
+    A prior takes the ground truth of highest IoU (ties: the lowest index) where that IoU is at least
+    ``iou_threshold``. Then ground truths claim priors by ``force``, whatever the IoU.
+
+    Args:
+        ground_truth: the objects of ``B`` images, see :class:`ssd_ext.GroundTruth`; or a list with a dict
+            ``{"boxes": [G_b, 4], "labels": [G_b]}`` for each image. Boxes are corners ``(x1, y1, x2, y2)``;
+            float32, float64, float16 or bfloat16; the halves compute in float32. In a CUDA graph give a
+            ``GroundTruth``, as the lengths in a list are copied from the host.
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, in the units, dtype and device of the boxes.
+        iou_threshold: in 0..1; a prior is matched from this IoU on (``>=``).
+        low_threshold: if given, priors whose best IoU is from here up to ``iou_threshold`` are ignored.
+        force: ``"bipartite"``: the pair of highest IoU is joined first, then the best of the ground
+            truths and priors left, so every ground truth gets a prior while priors last (ties: the
+            lowest prior, then the lowest ground truth). ``"last"``: each ground truth claims its best
+            prior (ties: the lowest); of several that claim one prior the last has it. ``"none"``.
+        validate: raise for a ground truth that cannot be matched, and warn of priors that look like corners.
+            This synchronises with the GPU.
+
+    Returns:
+        ``[B, P]`` int64: the index of the ground truth within its image, ``-1`` background, ``-2``
+        ignored. A ground truth with a non-finite coordinate or without positive area is never matched.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; thresholds outside 0..1 or crossed; an unknown
+            ``force``; on the CPU, offsets that do not ascend from 0 to at most ``G`` (on a
+            GPU, which is not waited for, images from the first offset that is wrong on
+            get no match); with ``validate``, a bad ground truth (names image, box and coordinates).
+
+    Source: ``"bipartite"``: Liu et al., SSD (2016), section 2.2 "Matching strategy" and its Caffe code;
+    ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``.
+    """
+    gt = _ground_truth(ground_truth, priors)
+    low = iou_threshold if low_threshold is None else low_threshold
+    matches: Tensor = torch.ops.ssd_ext.match.default(gt.boxes, gt.offsets, priors, iou_threshold, low, _force(force))
+    if validate:
+        _validate(gt, priors)
+    return matches
+
+
+def assign_targets(
+    ground_truth: GroundTruth | Targets,
+    priors: Tensor,
+    *,
+    iou_threshold: float = 0.5,
+    low_threshold: float | None = None,
+    force: str = "bipartite",
+    variances: tuple[float, float] = (0.1, 0.2),
+    validate: bool = False,
+    num_classes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Training targets of SSD's two heads: :func:`match`, then the label and :func:`encode` of each match.
+
+    ``multibox_loss(deltas, logits, *assign_targets(ground_truth, priors))`` is the loss of SSD.
+
+    Args:
+        ground_truth: as for :func:`match`. Labels are int64 classes, 1 or more (0 is background). A region to ignore,
+            of label -1, is matched as an object is: the priors that match it are ignored.
+        priors: ``[P, 4]`` centre and size.
+        iou_threshold: as for :func:`match`.
+        low_threshold: as for :func:`match`.
+        force: as for :func:`match`.
+        variances: of centre and size, as for :func:`encode`.
+        validate: as for :func:`match`; also raise for a label below 1 other than -1, or not below
+            ``num_classes``. Without it labels are copied as they are.
+        num_classes: number of classes with background, 2 or more; only with ``validate``.
+
+    Returns:
+        ``target_deltas``: ``[B, P, 4]``, the encoded ground truth where matched, else 0. ``target_labels``:
+        ``[B, P]`` int64, 0 background, -1 ignored. Both are constants: no gradient.
+
+    Raises:
+        ValueError: as for :func:`match`; labels of wrong shape or dtype; with ``validate``, a label out of
+            range (names image, box, label and the range).
+        RuntimeError: a gradient is asked for.
+
+    Source: Liu et al., SSD (2016), sections 2.2 and eq. 2; torchvision's ``SSD.compute_loss``.
+    """
+    if num_classes is not None and not (validate and num_classes >= 2):
+        raise ValueError(f"num_classes needs validate=True and must be at least 2, got {num_classes}, {validate=}")
+    gt = _ground_truth(ground_truth, priors)
+    low = iou_threshold if low_threshold is None else low_threshold
+    targets: tuple[Tensor, Tensor] = call(
+        torch.ops.ssd_ext.assign_targets.default,
+        gt.boxes,
+        gt.labels,
+        gt.offsets,
+        priors,
+        iou_threshold,
+        low,
+        _force(force),
+        list(variances),
+    )
+    if validate:
+        _validate(gt, priors, num_classes)
+    return targets
+
+
+def _force(force: str) -> int:
+    if force not in FORCE:
+        raise ValueError(f"force must be one of {', '.join(map(repr, FORCE))}, got {force!r}")
+    return FORCE[force]
+
+
+def _ground_truth(value: GroundTruth | Targets, priors: Tensor) -> GroundTruth:
+    gt = as_ground_truth(value)
+    if gt.boxes.shape != (0, 4):
+        return gt
+    # No box says nothing of type and device: torch.tensor([]) is float32 and on the CPU.
+    return gt.to(priors.device)._replace(boxes=priors.new_empty(0, 4))
+
+
+def _validate(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -> None:
+    gt.validate(num_classes)
+    # Where centres differ, some of them lie further from the origin than the size of any prior.
+    if len(priors) and (priors[:, 2:] > priors[:, :2]).all() and (priors[:, :2] != priors[0, :2]).any():
+        warnings.warn(
+            "priors look like corners (x1, y1, x2, y2), but must be (cx, cy, w, h): "
+            'torchvision.ops.box_convert(anchors, "xyxy", "cxcywh") converts them',
+            stacklevel=3,
+        )
+
+
+@fake("match")
+def _(
+    gt_boxes: Tensor, offsets: Tensor, priors: Tensor, iou_threshold: float, low_threshold: float, force: int
+) -> Tensor:
+    return offsets.new_empty(offsets.shape[0] - 1, priors.shape[0])
+
+
+@fake("assign_targets")
+def _(
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    offsets: Tensor,
+    priors: Tensor,
+    iou_threshold: float,
+    low_threshold: float,
+    force: int,
+    variances: list[float],
+) -> tuple[Tensor, Tensor]:
+    labels = offsets.new_empty(offsets.shape[0] - 1, priors.shape[0])
+    return gt_boxes.new_empty(*labels.shape, 4), labels
+
+
+no_gradient("match")
+refuse_gradient("assign_targets", "targets are constants (pass boxes that require no gradient)")
+for _op in ("match", "assign_targets"):
+    autocast_to_float32(_op)
