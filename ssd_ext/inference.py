@@ -120,6 +120,10 @@ def above(found: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
     return {name: value[shown] for name, value in found.items()}
 
 
+def _name(label: int, classes: Sequence[str]) -> str | int:
+    return classes[label - 1] if label <= len(classes) else label
+
+
 def as_json(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
     """The detections of an image for ``json.dump``.
 
@@ -129,7 +133,7 @@ def as_json(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[str, 
     rows = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
     return [
         {
-            "label": classes[label - 1] if label <= len(classes) else label,
+            "label": _name(label, classes),
             "score": round(score, 4),
             "box": [round(x, 1) for x in box],
         }
@@ -146,7 +150,7 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Ten
     drawn: Tensor = draw_bounding_boxes(
         image,
         boxes,
-        [f"{classes[k - 1]} {s:.2f}" for k, s in zip(labels.tolist(), scores.tolist(), strict=True)],
+        [f"{_name(k, classes)} {s:.2f}" for k, s in zip(labels.tolist(), scores.tolist(), strict=True)],
         colors=colors,
         width=max(1, round(max(image.shape[1:]) / 250)),
         label_background_colors=colors,

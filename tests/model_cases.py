@@ -75,9 +75,9 @@ class WithFeatures(Backbone):
 class Pyramid(nn.Module):
     """Both maps in 6 channels, the first with the second, enlarged, added to it."""
 
-    def __init__(self):
+    def __init__(self, channels=(8, 12)):
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, 6, 1) for channels in (8, 12))
+        self.lateral = nn.ModuleList(nn.Conv2d(count, 6, 1) for count in channels)
 
     def forward(self, maps):
         first, second = (conv(x) for conv, x in zip(self.lateral, maps, strict=True))

@@ -9,6 +9,7 @@ from model_cases import (  # noqa: E402
     NO_OBJECT,
     SIZES,
     SPEC,
+    Pyramid,
     TwoLevels,
     assert_same_detections,
     photographs,
@@ -105,6 +106,11 @@ def test_priors_of_torchvisions_ssdlite():
     model = ssdlite320_mobilenet_v2(num_classes=2)
     sizes = [list(size) for size in model.prior_spec.feature_sizes]
     torch.testing.assert_close(model.priors, anchors._grid_default_boxes(sizes, [320, 320]))
+
+
+def test_a_neck_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"neck does not take the backbone's maps, \[8, 8, 8\], \[12, 4, 4\]: "):
+        small(neck=Pyramid(channels=(8, 13)))
 
 
 @pytest.mark.parametrize("make", [small, small_with_neck])

@@ -13,10 +13,10 @@ torchvision = pytest.importorskip("torchvision")
 from model_cases import small, small_with_neck  # noqa: E402
 from torchvision.models import mobilenet_v2  # noqa: E402
 
-from ssd_ext.models import load_weights, ssd300_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
-from ssd_ext.models.vgg import STAGES  # noqa: E402
+from ssd_ext.models import SSD, load_weights, ssd300_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
+from ssd_ext.models.vgg import STAGES, VGG16  # noqa: E402
 from ssd_ext.models.weights import CONVENTIONS  # noqa: E402
-from ssd_ext.priors import SSD300_VOC_RELEASED  # noqa: E402
+from ssd_ext.priors import SSD300_COCO, SSD300_VOC_RELEASED  # noqa: E402
 
 # The first filter of the original VGG16 at its corner, in the order blue, green, red, and its first biases.
 ORIGINAL_CORNER, ORIGINAL_BIAS = (0.4294, 0.5503, 0.48), (0.7344, 0.0934, 0.0677, 0.8862)
@@ -272,8 +272,22 @@ def test_a_backbone_of_ones_own(form):
 def test_a_backbone_of_ones_own_that_is_not_whole(form):
     state, _ = of_own_backbone(form)
     del state["1.running_mean" if form == "features" else "features.1.running_mean"]
-    with pytest.raises(ValueError, match=r"does not fit the model: backbone\.features\.1\.running_mean is missing"):
+    with pytest.raises(ValueError, match=r"this backbone does not fit the model: backbone\.features\.1\."):
         load_weights(small_with_neck(), state)
+
+
+def test_a_whole_backbone_of_ones_own_without_a_tensor_beyond_its_features():
+    state, _ = of_own_backbone("backbone")
+    last = list(state)[-1]
+    assert not last.startswith("features.")
+    del state[last]
+    with pytest.raises(ValueError, match=rf"does not fit the model: backbone\.{last} is missing"):
+        load_weights(small_with_neck(), state)
+
+
+def test_a_detector_of_ones_own_on_vgg16():
+    """Whoever builds it, the convention of a classifier's input is known by its layout."""
+    assert load_weights(SSD(VGG16(), SSD300_COCO, 3), vgg16_features()).format == "VGG16 backbone, rgb"
 
 
 STATE = small().state_dict()

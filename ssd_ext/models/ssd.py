@@ -351,9 +351,14 @@ def _map_shapes(backbone: nn.Module, neck: nn.Module | None, image_size: tuple[i
     try:
         # two images: of one, batch normalisation refuses a map of a single cell
         maps = _on_meta(backbone, torch.empty(2, 3, *image_size, device="meta"))
-        maps = maps if neck is None else _on_meta(neck, maps)
     except RuntimeError as error:
         raise ValueError(f"image_size {image_size} does not suit the backbone: {error}") from error
+    if neck is not None:
+        try:
+            maps = _on_meta(neck, maps)
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(x.shape[1:])) for x in maps)
+            raise ValueError(f"neck does not take the backbone's maps, {shapes}: {error}") from error
     return [(channels, rows, columns) for _, channels, rows, columns in (x.shape for x in maps)]
 
 

@@ -178,10 +178,13 @@ def _known_layout(state: Mapping[str, Tensor]) -> _Layout | None:
 
 def _own_backbone(model: SSD, state: Mapping[str, Tensor]) -> _Layout | None:
     """The layout of a file for a backbone of the user's own: of all of it, or of its features, or of a classifier."""
+    from ssd_ext.models.mobilenet import MobileNetV2
+    from ssd_ext.models.vgg import VGG16
+
+    if isinstance(model.backbone, MobileNetV2 | VGG16):
+        return None
     names = model.state_dict().keys()
     features = {name for name in names if name.startswith(_FEATURES)}
-    if model.name is not None:
-        return None
     found = {prefix: len(features & {prefix + key for key in state}) for prefix in ("backbone.", _FEATURES)}
     prefix = max(found, key=found.__getitem__)
 
@@ -255,8 +258,10 @@ def _fit(
         else:
             faults.append(f"{key} is {list(value.shape)}, the model's {name} {list(target[name].shape)}")
     missing = target.keys() - seen
-    if not layout.detector:
-        missing = {name for name in missing if name.startswith(_FEATURES) and not _CONV6_CONV7.match(name)}
+    if not layout.detector:  # a classifier holds no more than the features
+        part = _FEATURES if all(name.startswith(_FEATURES) for name in ours) else "backbone."
+        from_fc = _CONV6_CONV7 if "VGG16" in layout.name else None
+        missing = {name for name in missing if name.startswith(part) and not (from_fc and from_fc.match(name))}
     faults += [f"{name} is missing" for name in target if name in missing]
     if faults:
         raise ValueError(f"{where}: this {layout.name} does not fit the model: {_some(faults, '; ')}")
