@@ -38,11 +38,10 @@
 //                    rounds, eight words at once; words are found and read without branches; a tile is read together
 //                    with its first column. Rejected: settling each warp by itself between the rounds, which saves
 //                    hardly one.
-//   20, 160,     us  Measured on an H100, where the version before took 22 and 164, of 18, 145 predicted: 512 threads,
-//   so
-//                    that a step decides twice as many boxes; a round keeps what a warp votes, not what each lane
-//                    holds, and takes 64 instructions instead of 85; each row's word is written by a lane of its own.
-//                    Rejected: two blocks a multiprocessor, 20 and 175 us.
+//   20, 160,  82 us  Measured on an H100, where the version before took 22 and 164, of 18 and 145 predicted: 512
+//                    threads, so that a step decides twice as many boxes; a round keeps what a warp votes, not what
+//                    each lane holds, and takes 64 instructions instead of 85; a row's word is written by a lane of its
+//                    own. Rejected: two blocks a multiprocessor, 20 and 175 us.
 // What binds: at 1,000 boxes latency, mostly of chains of instructions, six clocks each. Of 30,000 clocks the first
 // warp compares for 6,000, all warps and the ticket take 4,400 more, the sweep begins its first step 2,500 later, and
 // two steps take 7,000 each. At 20,000 boxes ten chunks one after another; grouped, ranks and merges of keys of 128
