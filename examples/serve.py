@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ssd_ext import export, ops
 from ssd_ext.data import read_image
-from ssd_ext.inference import above, as_json
+from ssd_ext.inference import as_json, filter_by_score
 
 MAX_BODY = 32 * 2**20  # bytes of a request
 MAX_IMAGES = 32  # of a request
@@ -48,11 +48,11 @@ class Detector:
 
     def __init__(self, path: str | Path, *, threshold: float = 0.5):
         """See the class for the arguments."""
-        extra = {export.METADATA: ""}
+        extra = {export.METADATA_FILE: ""}
         program = torch.export.load(path, extra_files=extra)
         (self.example,), _ = program.example_inputs
         self.module, self.threshold = program.module(), threshold
-        metadata = json.loads(extra[export.METADATA] or "{}")
+        metadata = json.loads(extra[export.METADATA_FILE] or "{}")
         self.classes = metadata.get("classes", [])
         self.antialias = metadata.get("preprocessing", {}).get("antialias", True)
 
@@ -74,7 +74,7 @@ class Detector:
             found = ops.unpad(*(x.cpu() for x in self.module(torch.cat(list(inputs.values())))))
             for i, of_image in zip(inputs, found, strict=True):
                 of_image["boxes"] = of_image["boxes"] * scales[i]
-                answers[i]["detections"] = as_json(above(of_image, self.threshold), self.classes)
+                answers[i]["detections"] = as_json(filter_by_score(of_image, self.threshold), self.classes)
         return answers
 
     def _resized(self, image: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from ssd_ext.reference.boxes import decode
 if TYPE_CHECKING:
     from ssd_ext.models import SSD
 
-__all__ = ["METADATA", "aot_inductor", "metadata", "onnx", "program", "save"]
+__all__ = ["METADATA_FILE", "aot_inductor", "metadata", "onnx", "program", "save"]
 
 OUTPUTS = ("boxes", "scores", "labels", "counts")
-METADATA = "metadata.json"  # the extra file in what save() writes
+METADATA_FILE = "metadata.json"  # in what save() writes
 
 
 class _Predict(nn.Module):
@@ -57,6 +57,13 @@ def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.E
         TypeError: another model than an :class:`ssd_ext.models.SSD`.
         ValueError: a model in training mode, a size that is not positive.
     """
+    _check(model, size)
+    images = model.mean.new_zeros(2, 3, *(size or model.image_size))
+    with torch.no_grad():
+        return torch.export.export(_Predict(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _check(model: "SSD", size: tuple[int, int] | None) -> None:
     from ssd_ext.models import SSD
 
     if not isinstance(model, SSD):
@@ -65,16 +72,13 @@ def program(model: "SSD", size: tuple[int, int] | None = None) -> torch.export.E
         raise ValueError("model must be in eval mode to be exported, got one in training mode: call eval()")
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be positive, got {size}")
-    images = model.mean.new_zeros(2, 3, *(size or model.image_size))
-    with torch.no_grad():
-        return torch.export.export(_Predict(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def metadata(model: "SSD", classes: Sequence[str] | None = None, size: tuple[int, int] | None = None) -> dict[str, str]:
-    """What an exported file says of itself: JSON texts by name.
+def metadata(model: "SSD", classes: Sequence[str] | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What exported files hold beside the program: plain values, in the files as JSON.
 
     Args:
-        model: that is exported.
+        model: the exported model.
         classes: names of labels 1, 2, ...; default: ``"1"``, ``"2"`` ...
         size: as for :func:`program`.
 
@@ -84,8 +88,10 @@ def metadata(model: "SSD", classes: Sequence[str] | None = None, size: tuple[int
         antialiasing as in training, and divide bytes by 255. Normalisation is part of the graph.
 
     Raises:
-        ValueError: another number of names than of classes.
+        TypeError: as :func:`program`.
+        ValueError: as :func:`program`; another number of names than of classes.
     """
+    _check(model, size)
     names = list(classes) if classes is not None else [str(label) for label in range(1, model.num_classes)]
     if len(names) != model.num_classes - 1:
         raise ValueError(f"classes must be {model.num_classes - 1} names, got {len(names)}: {names}")
@@ -95,7 +101,7 @@ def metadata(model: "SSD", classes: Sequence[str] | None = None, size: tuple[int
         "range": [0, 1],
         "antialias": model.antialias,
     }
-    return {"classes": json.dumps(names), "preprocessing": json.dumps(preprocessing)}
+    return {"classes": names, "preprocessing": preprocessing}
 
 
 def save(
@@ -103,7 +109,7 @@ def save(
 ) -> None:
     """Write :func:`program` by ``torch.export.save``, with :func:`metadata` as an extra file.
 
-    ``torch.export.load(path, extra_files=extra)`` with ``extra = {export.METADATA: ""}`` reads both.
+    ``torch.export.load(path, extra_files=extra)`` with ``extra = {export.METADATA_FILE: ""}`` reads both.
 
     Args:
         model: in eval mode.
@@ -113,10 +119,9 @@ def save(
 
     Raises:
         TypeError: as :func:`program`.
-        ValueError: as :func:`program` and :func:`metadata`.
+        ValueError: as :func:`metadata`.
     """
-    texts = metadata(model, classes, size)
-    extra = {METADATA: json.dumps({key: json.loads(text) for key, text in texts.items()})}
+    extra = {METADATA_FILE: json.dumps(metadata(model, classes, size))}
     torch.export.save(program(model, size), path, extra_files=extra)
 
 
@@ -125,8 +130,8 @@ def aot_inductor(
 ) -> None:
     """Compile :func:`program` for this machine by AOTInductor, which needs a C++ compiler.
 
-    ``torch._inductor.aoti_load_package(path)`` gives a function of images; its ``get_metadata()`` holds
-    :func:`metadata`.
+    ``torch._inductor.aoti_load_package(path)`` gives a function of images; its ``get_metadata()`` holds the entries of
+    :func:`metadata` as JSON.
 
     Args:
         model: in eval mode.
@@ -136,15 +141,16 @@ def aot_inductor(
 
     Raises:
         TypeError: as :func:`program`.
-        ValueError: as :func:`program` and :func:`metadata`; a path with another suffix.
+        ValueError: as :func:`metadata`; a path with another suffix.
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {path}")
-    torch._inductor.aoti_compile_and_package(
-        program(model, size),
-        package_path=str(path),
-        inductor_configs={"aot_inductor.metadata": metadata(model, classes, size)},
-    )
+    options = {"aot_inductor.metadata": _as_json(metadata(model, classes, size))}
+    torch._inductor.aoti_compile_and_package(program(model, size), package_path=str(path), inductor_configs=options)
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def onnx(
@@ -159,13 +165,13 @@ def onnx(
     """Write a model of standard ONNX operators: ``images`` to ``boxes``, ``scores``, ``labels`` and ``counts``.
 
     Input and outputs are those of :func:`program`, padded likewise. The batch is dynamic, the size of images fixed. The
-    file's metadata are those of :func:`metadata`.
+    metadata of the file are the entries of :func:`metadata` as JSON.
 
     What a runtime finds is what :func:`ssd_ext.ops.detect` finds, in the same order, as far as it computes the same
     floats: a score or an IoU beside its threshold, and nearly equal scores, may come out differently. The specification
     of ONNX says which of equal scores is chosen (the lowest class, then the lowest prior) and how boxes are clipped; of
     ``NonMaxSuppression`` it leaves open which of equal scores is kept, and its older texts whether an IoU equal to the
-    threshold suppresses. ONNX Runtime does as this package: the lowest index is kept, and only an IoU strictly above
+    threshold suppresses. In ONNX Runtime, as in this package, the lowest index is kept, and only an IoU strictly above
     suppresses. Scores and boxes are computed in float32 whatever the model's type.
 
     Args:
@@ -180,7 +186,8 @@ def onnx(
     Raises:
         ImportError: onnx or onnxscript is not installed.
         TypeError: a module other than an :class:`ssd_ext.models.SSD`.
-        ValueError: a model in training mode; an ``opset`` below 18; a program without priors.
+        ValueError: as :func:`metadata`; an ``opset`` below 18; a program without priors; ``classes`` or ``size`` for a
+            program.
 
     Source: the operators NonMaxSuppression (11), TopK (11), ScatterND (18), Resize (18) of the ONNX specification.
     """
@@ -192,7 +199,14 @@ def onnx(
         ) from error
     if opset < 18:
         raise ValueError(f"opset must be 18 or newer, got {opset}")
-    exported = model if isinstance(model, torch.export.ExportedProgram) else program(model, size)
+    if isinstance(model, torch.export.ExportedProgram):
+        if classes is not None or size is not None:
+            raise ValueError(
+                "classes and size are for a model: a program is written without metadata, and has its size"
+            )
+        texts, exported = {}, model
+    else:
+        texts, exported = _as_json(metadata(model, classes, size)), program(model, size)
     exported = exported.run_decompositions({torch.ops.ssd_ext.detect.default: _detect})
     written = torch.onnx.export(
         exported,
@@ -203,8 +217,7 @@ def onnx(
         verbose=False,
     )
     assert written is not None  # None only without dynamo
-    if not isinstance(model, torch.export.ExportedProgram):
-        written.model.metadata_props.update(metadata(model, classes, size))
+    written.model.metadata_props.update(texts)
     written.save(path, external_data=False)
 
 

@@ -9,14 +9,15 @@ from torch import Tensor
 
 # As torchvision's detectors take them: of each image {"boxes": [G_b, 4], "labels": [G_b]}.
 Targets = Sequence[Mapping[str, Tensor]]
-_NARROW = {torch.uint8, torch.int8, torch.int16, torch.int32}
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class GroundTruth(NamedTuple):
     """The objects of a batch of images, image by image, in three tensors on one device.
 
     Image ``b`` has the rows ``offsets[b]`` to ``offsets[b + 1] - 1``. Rows from ``offsets[B]`` on are padding and
-    belong to no image: give a CUDA graph tensors of a fixed size that way.
+    belong to no image, so that batches of different numbers of objects can have tensors of one size, as a CUDA graph
+    needs.
 
     Attributes:
         boxes: ``[G, 4]`` corners ``(x1, y1, x2, y2)``. float32, float64, float16 or bfloat16.
@@ -37,7 +38,8 @@ class GroundTruth(NamedTuple):
             labels: ``[G_b]`` integers of each image. None: every object has label 1, as for a proposal network.
 
         Raises:
-            ValueError: a tensor of another shape, or lists of different lengths.
+            ValueError: a tensor of another shape, lists of different lengths, or ``tv_tensors.BoundingBoxes`` whose
+                format is not XYXY.
         """
         if isinstance(boxes, Tensor) or isinstance(labels, Tensor):
             raise ValueError("GroundTruth.from_lists: boxes and labels must be lists with a tensor for each image")
@@ -46,8 +48,12 @@ class GroundTruth(NamedTuple):
         rows = _joined(images, images[0] if images else torch.empty(0, 4))
         classes = torch.ones(len(rows), dtype=torch.int64, device=rows.device)
         if labels is not None:
-            if (given := [of_image.numel() for of_image in labels]) != counts:
-                raise ValueError(f"GroundTruth.from_lists: labels must have {counts} entries, as boxes, got {given}")
+            if len(labels) != len(images):
+                raise ValueError(f"labels must be of {len(images)} images, as boxes, got {len(labels)}")
+            for b, (of_image, count) in enumerate(zip(labels, counts, strict=True)):
+                if not isinstance(of_image, Tensor) or of_image.shape != (count,):
+                    given = list(of_image.shape) if isinstance(of_image, Tensor) else type(of_image).__name__
+                    raise ValueError(f"labels of image {b} must be a tensor [{count}], as its boxes, got {given}")
             classes = as_int64(_joined(labels, classes))
         bounds = [0]
         for count in counts:
@@ -59,11 +65,12 @@ class GroundTruth(NamedTuple):
         """Ground truth of a list of dicts, one for each image, as torchvision's detectors take them.
 
         Args:
-            targets: of each image ``{"boxes": [G_b, 4], "labels": [G_b]}``; what else a dict holds is not looked at.
+            targets: for each image ``{"boxes": [G_b, 4], "labels": [G_b]}``; other entries are ignored.
 
         Raises:
             ValueError: as :meth:`from_lists`; a target without boxes or labels.
         """
+        targets = list(targets)
         for b, target in enumerate(targets):
             if not (isinstance(target, Mapping) and "boxes" in target and "labels" in target):
                 had = list(target) if isinstance(target, Mapping) else type(target).__name__
@@ -76,7 +83,7 @@ class GroundTruth(NamedTuple):
         return self.offsets.shape[0] - 1
 
     def to(self, *args: Any, **kwargs: Any) -> "GroundTruth":
-        """All three tensors by :meth:`torch.Tensor.to` to a device; a dtype is that of the boxes alone."""
+        """As :meth:`torch.Tensor.to`: all three tensors move to a device; a dtype is that of the boxes only."""
         boxes = self.boxes.to(*args, **kwargs)
         labels, offsets = (t.to(boxes.device, non_blocking=kwargs.get("non_blocking", False)) for t in self[1:])
         return GroundTruth(boxes, labels, offsets)
@@ -86,13 +93,18 @@ class GroundTruth(NamedTuple):
         bounds = self.offsets.tolist()
         return [{"boxes": self.boxes[i:j], "labels": self.labels[i:j]} for i, j in pairwise(bounds)]
 
-    def divided(self, extents: Tensor) -> "GroundTruth":
-        """With every box divided by its image's row of ``extents``: pixels become fractions of the image.
+    def normalized(self, extents: Tensor) -> "GroundTruth":
+        """With every box divided by the size of its image: pixels become fractions.
 
         Args:
-            extents: ``[B, 4]`` floats ``(w, h, w, h)`` on the same device, whose type the boxes get; ``[1, 4]`` for all
-                images alike.
+            extents: ``[B, 4]`` floats ``(w, h, w, h)`` on the same device, or ``[1, 4]`` if all images have one size.
+                The boxes get their type.
+
+        Raises:
+            ValueError: extents of another number of images.
         """
+        if len(extents) not in (1, self.num_images):
+            raise ValueError(f"extents must be [1, 4] or [{self.num_images}, 4], got {list(extents.shape)}")
         if len(extents) > 1:
             rows = torch.arange(len(self.boxes), device=self.offsets.device)
             image = torch.bucketize(rows, self.offsets[1:], right=True)  # the padding has B
@@ -131,7 +143,7 @@ class GroundTruth(NamedTuple):
 
 
 def as_ground_truth(value: GroundTruth | Targets) -> GroundTruth:
-    """What the public functions do first: a list of target dicts becomes a :class:`GroundTruth`.
+    """A :class:`GroundTruth` as it is, or made of a list of dicts.
 
     Raises:
         ValueError: anything else, and as :meth:`GroundTruth.from_targets`.
@@ -160,13 +172,23 @@ def are_valid(boxes: Tensor) -> Tensor:
 
 def as_int64(values: Tensor) -> Tensor:
     """Integers of any width as int64; other types as they are, for the op to refuse."""
-    return values.long() if values.dtype in _NARROW else values
+    return values.long() if values.dtype in INTEGERS and values.dtype != torch.int64 else values
 
 
 def _boxes(boxes: Tensor, image: int) -> Tensor:
+    if not isinstance(boxes, Tensor):
+        raise ValueError(f"boxes of image {image} must be a tensor [G, 4], got {type(boxes).__name__}")
     boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes of image {image} must be [G, 4], got {list(boxes.shape)}")
+    form = getattr(boxes, "format", None)  # of tv_tensors.BoundingBoxes
+    if form is None:
+        return boxes
+    if form.value != "XYXY":
+        raise ValueError(
+            f"boxes of image {image} must be corners (XYXY), got {form.value}: "
+            "torchvision.transforms.v2.ConvertBoundingBoxFormat converts them"
+        )
     return boxes.as_subclass(Tensor)
 
 

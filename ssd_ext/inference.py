@@ -30,16 +30,16 @@ def load_detector(
     """A detector in eval mode and the names of its classes.
 
     Args:
-        path: a checkpoint of :func:`ssd_ext.training.fit`, which tells all; or weights from elsewhere, as
+        path: a checkpoint of :func:`ssd_ext.training.fit`, which holds model and classes; or weights from elsewhere, as
             :func:`ssd_ext.models.load_weights` reads them.
-        model: a name of ``ssd_ext.models.MODELS``, where the file does not tell; or a detector of your own backbone,
-            whose weights the file is.
-        num_classes: with the background, where the file does not tell.
+        model: a name of ``ssd_ext.models.MODELS``, if the file does not hold it; or a detector that you have built,
+            which gets the weights of the file.
+        num_classes: number of classes with the background, if the file does not hold it.
         classes: names for the classes, instead of those in the file; by default ``"1"``, ``"2"`` ...
 
     Raises:
         OSError: no such file.
-        ValueError: a file of another kind or model, or one that does not tell what ``model`` is left out for.
+        ValueError: a file of another kind or model, or one without model information if ``model`` is not given.
     """
     state = checkpoint.load(path)
     state = state if isinstance(state, dict) else {}
@@ -64,7 +64,9 @@ def load_detector(
 
 def _build(architecture: dict[str, Any], path: str | Path) -> SSD:
     if architecture.get("name") is None:
-        raise ValueError(f"{path} holds a detector of its own backbone: build it, and give it as model")
+        raise ValueError(
+            f"{path} holds a detector with a backbone, neck or head of its own: build it, and give it as model"
+        )
     loss = {_RENAMED.get(key, key): value for key, value in architecture.get("loss", {}).items()}
     architecture = {_RENAMED.get(key, key): value for key, value in architecture.items()} | {"loss": loss}
     try:
@@ -79,7 +81,6 @@ def as_input(image: Tensor, device: str | torch.device) -> Tensor:
     return converted
 
 
-@torch.inference_mode()
 def detect_all(
     model: SSD, dataset: "Dataset", indices: Iterable[int] | None = None, *, batch_size: int = 8, workers: int = 0
 ) -> list[dict[str, Tensor]]:
@@ -89,14 +90,16 @@ def detect_all(
         For each image ``{"boxes" [N, 4], "scores" [N], "labels" [N]}``: corners in pixels, by descending score.
     """
     model.eval()
-    device = next(model.parameters()).device
     chosen = Subset(dataset, list(range(len(dataset)) if indices is None else indices))
     loader = DataLoader(chosen, batch_size, num_workers=workers, collate_fn=_images)
-    found = []
-    for images in loader:
-        batch = [as_input(image, device) for image in images]
-        found += [{name: value.cpu() for name, value in image.items()} for image in model(batch)]
-    return found
+    return [found for images in loader for found in detect_images(model, images)]
+
+
+@torch.inference_mode()
+def detect_images(model: SSD, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """What ``model``, in eval mode, finds in uint8 images ``[3, h, w]``, on the CPU."""
+    batch = [as_input(image, model.mean.device) for image in images]
+    return [{name: value.cpu() for name, value in found.items()} for found in model(batch)]
 
 
 def _images(items: list[tuple[Tensor, Any]]) -> list[Tensor]:
@@ -114,7 +117,7 @@ def detect_all_across_ranks(model: SSD, dataset: "Dataset", *, workers: int = 0)
     return [shares[i % ranks][i // ranks] for i in range(len(dataset))]
 
 
-def above(found: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+def filter_by_score(found: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
     """The detections of an image whose score is above ``threshold``."""
     shown = found["scores"] > threshold
     return {name: value[shown] for name, value in found.items()}

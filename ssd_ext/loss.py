@@ -24,7 +24,7 @@ class MultiBoxLoss(nn.Module):
         alpha: weight of the box loss.
         beta: where smooth L1 passes from square to line.
         normalize: ``"batch"`` or ``"image"``; see :func:`ssd_ext.ops.multibox_loss`.
-        validate: raise for a ground truth that cannot be matched or whose label is not in ``1..C - 1``. This
+        validate: raise for a ground truth that cannot be matched or whose label is neither in ``1..C - 1`` nor -1. This
             synchronises with a GPU.
         across_ranks: with ``"batch"``, count the positives of all ranks of ``torch.distributed``, which must all
             call: gradients averaged over ranks are then those of one process with the whole batch.
@@ -87,8 +87,8 @@ class MultiBoxLoss(nn.Module):
             deltas: ``[B, P, 4]`` predicted box offsets.
             logits: ``[B, P, C]`` class scores before the softmax; class 0 is background.
             ground_truth: the objects of the images, boxes ``(x1, y1, x2, y2)`` in the units and dtype of the priors,
-                labels ``1..C - 1``: a :class:`ssd_ext.GroundTruth`, or a list with a dict ``{"boxes", "labels"}`` for
-                each image. An image may have none.
+                labels ``1..C - 1``, or -1 for a region to ignore: a :class:`ssd_ext.GroundTruth`, or a list with a dict
+                ``{"boxes", "labels"}`` for each image. An image may have none.
             priors: ``[P, 4]``, where the module has none.
         """
         given = [boxes for boxes in (priors, self.priors) if boxes is not None]

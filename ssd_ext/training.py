@@ -19,7 +19,7 @@ from ssd_ext import checkpoint
 from ssd_ext.data import Dataset, augmentation, collate
 from ssd_ext.evaluation import average_precision
 from ssd_ext.ground_truth import GroundTruth
-from ssd_ext.inference import above, detect_all_across_ranks, draw
+from ssd_ext.inference import detect_all_across_ranks, draw, filter_by_score
 from ssd_ext.models import SSD
 from ssd_ext.models.ssd import Images
 
@@ -349,7 +349,8 @@ class Journal:
         self, board: "SummaryWriter", epoch: int, val_set: Dataset, found: list[dict[str, Tensor]], count: int = 4
     ) -> None:
         for i in range(min(count, len(val_set))):
-            board.add_image(f"detections/{i}", draw(val_set[i][0], above(found[i], 0.3), self.run.classes), epoch)
+            picture = draw(val_set[i][0], filter_by_score(found[i], 0.3), self.run.classes)
+            board.add_image(f"detections/{i}", picture, epoch)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of the run as it is."""
@@ -382,12 +383,14 @@ def _check(model: SSD, train_set: Dataset, val_set: Dataset | None) -> None:
 
 
 def _freeze(model: SSD, count: int) -> Sequence[nn.Module]:
+    if count == 0:
+        return []
     features = getattr(model.backbone, "features", None)
-    if count and features is None:
+    if not isinstance(features, nn.Sequential):
         raise ValueError(f"freeze must be 0 for a backbone without features (see ssd_ext.models.Backbone), got {count}")
-    frozen = list(features or ())[:count]
-    if count > len(frozen):
-        raise ValueError(f"freeze must be at most {len(frozen)}, the features of this backbone, got {count}")
+    if count > len(features):
+        raise ValueError(f"freeze must be at most {len(features)}, the features of this backbone, got {count}")
+    frozen = list(features[:count])
     for module in frozen:
         module.requires_grad_(False)
     return frozen

@@ -9,7 +9,7 @@ from typing_extensions import assert_type
 from ssd_ext import GroundTruth, MultiBoxLoss, export, ops, priors, reference, release_memory
 from ssd_ext.data import load_dataset
 from ssd_ext.evaluation import coco_metrics
-from ssd_ext.inference import above, as_json, detect_all
+from ssd_ext.inference import as_json, detect_all, filter_by_score
 from ssd_ext.models import SSD, Backbone, create, ssd300_vgg16
 from ssd_ext.training import Recipe, fit
 
@@ -45,7 +45,7 @@ def a_ground_truth_stays_one(t: Tensor) -> None:
     gt = GroundTruth.from_lists([t], [t])
     assert_type(gt, GroundTruth)
     assert_type(gt.to("cuda", non_blocking=True), GroundTruth)
-    assert_type(gt.divided(t), GroundTruth)
+    assert_type(gt.normalized(t), GroundTruth)
     assert_type(gt.num_images, int)
     assert_type(GroundTruth.from_targets(gt.to_targets()), GroundTruth)
 
@@ -77,7 +77,7 @@ def a_data_set_goes_through_training_and_evaluation() -> None:
     run = fit(ssd300_vgg16(), data, Recipe(), "out", val_set=data)
     found = detect_all(run.trained, data)
     assert_type(found, list[dict[str, Tensor]])
-    assert_type(above(found[0], 0.5), dict[str, Tensor])
+    assert_type(filter_by_score(found[0], 0.5), dict[str, Tensor])
     assert_type(as_json(found[0], data.classes), list[dict[str, Any]])
     assert_type(coco_metrics(found, data), dict[str, float])
     assert_type(coco_metrics(found, [data.target(0)]), dict[str, float])

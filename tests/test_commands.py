@@ -19,7 +19,7 @@ from ssd_ext.cli._shared import read_data
 from ssd_ext.cli.detect import _distinct_names, image_files
 from ssd_ext.cli.train import recipe_of
 from ssd_ext.data import load_dataset
-from ssd_ext.inference import above, as_json, draw, load_detector
+from ssd_ext.inference import as_json, draw, filter_by_score, load_detector
 from ssd_ext.models import ssd300_vgg16, ssdlite320_mobilenet_v2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def _bad_checkpoint(path):
         (("export", "--weights", "none.pt", "--out", "out.onnx"), "none.pt"),
         (("export", "--weights", "lite.pt", "--out", "out.txt"), "must end in .onnx or .pt2, or --format be given"),
         (
-            ("export", "--weights", "lite.pt", "--out", "out.pt2", "--image-size", "0", "9"),
+            ("export", "--weights", "lite.pt", "--out", "out.pt2", "--size", "0", "9"),
             "size must be positive, got (0, 9)",
         ),
         (("export", "--weights", "lite.pt", "--out", "none/out.pt2"), "no folder none for --out none/out.pt2"),
@@ -264,13 +264,13 @@ def test_options_of_the_recipe():
 def test_what_is_told_of_detections():
     boxes = torch.tensor([[1.04, 2, 30, 40], [5, 6, 7, 8], [9, 9, 20, 20]])
     found = {"boxes": boxes, "scores": torch.tensor([0.87654, 0.5, 0.25]), "labels": torch.tensor([2, 1, 3])}
-    assert as_json(above(found, 0.25), ["ace"]) == [
+    assert as_json(filter_by_score(found, 0.25), ["ace"]) == [
         {"label": 2, "score": 0.8765, "box": [1.0, 2.0, 30.0, 40.0]},
         {"label": "ace", "score": 0.5, "box": [5.0, 6.0, 7.0, 8.0]},
     ]
     image = torch.zeros(3, 60, 60, dtype=torch.uint8)
-    assert torch.equal(draw(image, above(found, 0.9), []), image)
-    one, both = (draw(image, above(found, threshold), ["ace", "ten", "six"]) for threshold in (0.6, 0.4))
+    assert torch.equal(draw(image, filter_by_score(found, 0.9), []), image)
+    one, both = (draw(image, filter_by_score(found, threshold), ["ace", "ten", "six"]) for threshold in (0.6, 0.4))
     assert one[:, 2:41, 1:31].any() and not one[:, 42:].any()
     assert not torch.equal(one, both)
 
@@ -289,16 +289,16 @@ def onnx_metadata(path):
 
 
 def torch_metadata(path):
-    extra = {export.METADATA: ""}
+    extra = {export.METADATA_FILE: ""}
     torch.export.load(path, extra_files=extra)
-    return {name: json.dumps(value) for name, value in json.loads(extra[export.METADATA]).items()}
+    return {name: json.dumps(value) for name, value in json.loads(extra[export.METADATA_FILE]).items()}
 
 
 def aotinductor_metadata(path):
     return torch._inductor.aoti_load_package(path).get_metadata()
 
 
-RESIZED = ("--image-size", "60", "80")
+RESIZED = ("--size", "60", "80")
 
 
 @pytest.mark.slow

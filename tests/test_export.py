@@ -89,14 +89,18 @@ def test_compiled_by_inductor(case):
         assert_equal_detections(compiled(images[:length]), model.predict(images[:length]))
 
 
+ENTRIES = {"classes", "preprocessing"}
 CLASSES = ["nine", "ten", "jack"]
 
 
-def assert_metadata(texts, model, size):
-    """What a file says: JSON by name."""
-    assert texts.keys() >= {"classes", "preprocessing"}
-    assert json.loads(texts["classes"]) == CLASSES
-    assert json.loads(texts["preprocessing"]) == {
+def assert_metadata(found, model, size):
+    """The entries of a file, of which some hold JSON."""
+    found = {
+        name: json.loads(value) if isinstance(value, str) else value for name, value in found.items() if name in ENTRIES
+    }
+    assert found.keys() == ENTRIES
+    assert found["classes"] == CLASSES
+    assert found["preprocessing"] == {
         "size": list(size or model.image_size),
         "channels": "RGB",
         "range": [0, 1],
@@ -111,16 +115,16 @@ def test_program_in_another_process(case, tmp_path, python):
     torch.save(images, tmp_path / "images.pt")
     code = """if True:
         import torch, ssd_ext.export
-        extra = {ssd_ext.export.METADATA: ""}
+        extra = {ssd_ext.export.METADATA_FILE: ""}
         detect, images = torch.export.load("detector.pt2", extra_files=extra).module(), torch.load("images.pt")
         torch.save([detect(images[:length]) for length in (5, 2, 1, 0)], "found.pt")
-        print(extra[ssd_ext.export.METADATA])
+        print(extra[ssd_ext.export.METADATA_FILE])
     """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     for found in torch.load(tmp_path / "found.pt"):
         assert_equal_detections(found, model.predict(images[: len(found[3])]))
-    assert_metadata({name: json.dumps(value) for name, value in json.loads(done.stdout).items()}, model, size)
+    assert_metadata(json.loads(done.stdout), model, size)
 
 
 @pytest.mark.slow
@@ -137,10 +141,10 @@ def test_package_of_aotinductor(case, tmp_path):
 
 @pytest.mark.parametrize("antialias", [True, False])
 def test_metadata(antialias):
-    model = small(antialias=antialias)
+    model = small(antialias=antialias).eval()
     assert_metadata(export.metadata(model, CLASSES), model, (32, 32))
     assert_metadata(export.metadata(model, CLASSES, (60, 50)), model, (60, 50))
-    assert json.loads(export.metadata(model)["classes"]) == ["1", "2", "3"]
+    assert export.metadata(model)["classes"] == ["1", "2", "3"]
     with pytest.raises(ValueError, match=r"classes must be 3 names, got 2: \['nine', 'ten'\]"):
         export.metadata(model, CLASSES[:2])
 
@@ -337,3 +341,10 @@ def test_commands_of_the_pages_are_understood(page):
     exported = [cli.parser_for("export").parse_args(line.split()) for name, line in lines if name == "ssd_ext"]
     (served,) = [serve.parser().parse_args(line.split()) for name, line in lines if name != "ssd_ext"]
     assert served.detector in {str(args.out) for args in exported}
+
+
+def test_metadata_are_not_for_a_program(tmp_path):
+    pytest.importorskip("onnxscript")
+    program = export.program(small().eval())
+    with pytest.raises(ValueError, match="classes and size are for a model"):
+        export.onnx(program, tmp_path / "x.onnx", classes=["a", "b", "c"])

@@ -1,4 +1,6 @@
-"""What match and assign_targets do beyond the generic suite."""
+"""What match and assign_targets do beyond the generic suite, and GroundTruth."""
+
+import warnings
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from opinfo.inputs import random_boxes, ssd300_priors
 from ssd_ext import GroundTruth, ops, reference
+from ssd_ext.priors import PriorSpec
 
 # Corners on a small grid: IoUs are ratios of small integers, so ties are common, and equal in every precision.
 coordinate = st.integers(-2, 6)
@@ -153,13 +156,37 @@ def test_ground_truth_of_lists():
         (torch.rand(2, 4), None, "must be lists with a tensor for each image"),
         ([torch.rand(2, 4)], torch.ones(2), "must be lists with a tensor for each image"),
         ([torch.rand(2, 4), torch.rand(4)], None, r"boxes of image 1 must be \[G, 4\], got \[4\]"),
-        ([torch.rand(2, 4)], [torch.ones(3)], r"labels must have \[2\] entries, as boxes, got \[3\]"),
-        ([torch.rand(2, 4)], [], r"labels must have \[2\] entries, as boxes, got \[\]"),
+        ([torch.rand(2, 4)], [torch.ones(3)], r"labels of image 0 must be a tensor \[2\], as its boxes, got \[3\]"),
+        ([torch.rand(2, 4)], [torch.ones(2, 1)], r"labels of image 0 must be a tensor \[2\], .* got \[2, 1\]"),
+        ([torch.rand(2, 4)], [[1, 2]], r"labels of image 0 must be a tensor \[2\], as its boxes, got list"),
+        ([[[0, 0, 1, 1]]], None, r"boxes of image 0 must be a tensor \[G, 4\], got list"),
+        ([torch.rand(2, 4)], [], r"labels must be of 1 images, as boxes, got 0"),
     ],
 )
 def test_lists_that_are_no_ground_truth(boxes, labels, said):
     with pytest.raises(ValueError, match=said):
         GroundTruth.from_lists(boxes, labels)
+
+
+def test_boxes_of_another_format_are_no_ground_truth():
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    boxes = tv_tensors.BoundingBoxes(torch.rand(2, 4), format="XYWH", canvas_size=(9, 9))
+    with pytest.raises(ValueError, match=r"boxes of image 0 must be corners \(XYXY\), got XYWH"):
+        GroundTruth.from_lists([boxes])
+
+
+def test_dicts_are_compiled_and_exported():
+    class Module(torch.nn.Module):
+        def forward(self, boxes, labels, priors):
+            return ops.assign_targets([{"boxes": boxes, "labels": labels}], priors)
+
+    inputs = torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([3]), ssd300_priors()[:50]
+    expected = Module()(*inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")(*inputs)
+    exported = torch.export.export(Module(), inputs).module()(*inputs)
+    for found in (compiled, exported):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -168,10 +195,12 @@ def test_pixels_become_fractions_of_each_image(images, device, generator):
     extents = torch.tensor([[300.0, 200, 300, 200], [7, 9, 7, 9], [64, 32, 64, 32]])[:images]
     given = of(*boxes)
     padded = given._replace(boxes=torch.cat([given.boxes, torch.rand(2, 4)]))  # rows of no image
-    found = padded.to(device).divided(extents.to(device)).boxes.cpu()
+    found = padded.to(device).normalized(extents.to(device)).boxes.cpu()
     expected = torch.cat([b / extent for b, extent in zip(boxes, extents, strict=True)])
     assert torch.equal(found[: len(expected)], expected)
-    assert torch.equal(given.divided(extents[:1]).boxes, given.boxes / extents[0])
+    assert torch.equal(given.normalized(extents[:1]).boxes, given.boxes / extents[0])
+    with pytest.raises(ValueError, match=rf"extents must be \[1, 4\] or \[{images}, 4\], got \[2, 4\]"):
+        given.normalized(torch.ones(2, 4))
 
 
 # The CUDA kernel: 64 priors a warp, 512 a block; 32 and 64 ground truths at a time, 512 of an image that claim in
@@ -266,6 +295,10 @@ def test_valid_ground_truth_passes_validation(generator, recwarn):
 def test_priors_that_are_corners_are_noticed(generator):
     box_convert = pytest.importorskip("torchvision.ops").box_convert
     given, priors = of(random_boxes(2, generator)), ssd300_priors()
+    huge = PriorSpec((64, 64), ((2, 2), (1, 1)), (0.8, 0.9, 0.95), ((), ()))  # each is larger than any centre
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.match(given, huge.priors(), validate=True)
     for unit in (1, 300):
         with pytest.warns(UserWarning, match="priors look like corners.*box_convert"):
             ops.match(given, box_convert(priors * unit, "cxcywh", "xyxy"), validate=True)

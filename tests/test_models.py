@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -326,7 +327,7 @@ IMAGE, TARGET = pictures(((32, 32),))[0], targets(((32, 32),), 4)[0]
         (
             [IMAGE],
             [{**TARGET, "labels": torch.ones(1, dtype=torch.int64)}],
-            r"labels must have \[8\] entries, as boxes, got \[1\]",
+            r"labels of image 0 must be a tensor \[8\], as its boxes, got \[1\]",
         ),
         ([IMAGE], [{"boxes": TARGET["boxes"]}], r"targets\[0\] must be a dict with boxes and labels, got \['boxes'\]"),
         ([IMAGE], [TARGET["boxes"]], "ground truth must be a GroundTruth or a list of dicts .*, got a list of tensors"),
@@ -367,3 +368,20 @@ def test_without_torchvision(python):
     code = "import sys; sys.modules['torchvision'] = None; import ssd_ext; import ssd_ext.models"
     assert 'pip install "ssd_ext[train]"' in python("-c", code).stderr
     assert python("-c", code.removesuffix("; import ssd_ext.models")).returncode == 0
+
+
+def test_a_detector_with_a_neck_is_one_of_ones_own():
+    """Its name alone would build another detector."""
+    neck = nn.Identity()
+    assert ssdlite320_mobilenet_v2(2, image_size=(64, 64), neck=neck).name is None
+    assert ssdlite320_mobilenet_v2(2, image_size=(64, 64)).name == "ssdlite320_mobilenet_v2"
+
+
+def test_losses_of_dicts(generator):
+    model, images = small(), torch.rand(2, 3, 32, 32, generator=generator)
+    objects = targets(((32, 32),) * 2, num_classes=4)
+    heads = model.heads(model.transform(images))
+    expected = model.losses(*heads, GroundTruth.from_targets(objects))
+    assert model.losses(*heads, objects) == expected == model(images, objects)
+    with pytest.raises(ValueError, match=r"extents must be \[1, 4\] or \[2, 4\], got \[3, 4\]"):
+        model.losses(*heads, objects, torch.ones(3, 2))

@@ -285,6 +285,21 @@ def test_a_whole_backbone_of_ones_own_without_a_tensor_beyond_its_features():
         load_weights(small_with_neck(), state)
 
 
+def test_a_whole_backbone_of_ours():
+    """No convention is converted, and the extra levels are set, too."""
+    source, model = ssdlite320_mobilenet_v2(2), ssdlite320_mobilenet_v2(3)
+    report = load_weights(model, source.backbone.state_dict())
+    assert report.format == "backbone"
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, source.backbone.state_dict()[name]), name
+
+
+def test_a_convention_is_not_for_a_backbone_of_ones_own():
+    state, _ = of_own_backbone("features")
+    with pytest.raises(ValueError, match="convention='bgr255' is for a VGG16"):
+        load_weights(small_with_neck(), state, convention="bgr255")
+
+
 def test_a_detector_of_ones_own_on_vgg16():
     """Whoever builds it, the convention of a classifier's input is known by its layout."""
     assert load_weights(SSD(VGG16(), SSD300_COCO, 3), vgg16_features()).format == "VGG16 backbone, rgb"

@@ -65,7 +65,7 @@ def _onnx_runtime(inputs: Inputs):
 
     def call():
         kept = torch.from_numpy(session.run(None, feed)[0])[:, 2]
-        # Row by row in ONNX's order; ours is by falling score over all classes.
+        # Row by row in ONNX's order; ours is by descending score over all classes.
         return kept[scores[kept].argsort(descending=True, stable=True)] if "idxs" in inputs else kept
 
     return call

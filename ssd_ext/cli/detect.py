@@ -7,15 +7,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-from torch import Tensor
 from torchvision.io import write_jpeg
 from tqdm import tqdm
 
 from ssd_ext.cli import _shared
 from ssd_ext.data import read_image
-from ssd_ext.inference import above, as_input, as_json, draw
-from ssd_ext.models import SSD
+from ssd_ext.inference import as_json, detect_images, draw, filter_by_score
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -71,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
             broken.append(str(e))
             continue
         if not results:
-            _detect(model, image)  # the first call sets threads and memory up
+            detect_images(model, [image])  # the first call sets threads and memory up
         start = perf_counter()
-        found = above(_detect(model, image), args.threshold)
+        found = filter_by_score(detect_images(model, [image])[0], args.threshold)
         seconds += perf_counter() - start
         results.append({"image": str(file), "detections": as_json(found, classes)})
         write_jpeg(draw(image, found, classes), str(out / names[file]), quality=90)
@@ -84,13 +81,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(results) / seconds:.1f} images/s (one image at a time, without reading and drawing)")
     if broken:
         raise ValueError("; ".join(broken))
-
-
-@torch.inference_mode()
-def _detect(model: SSD, image: Tensor) -> dict[str, Tensor]:
-    """What the model finds, on the CPU."""
-    (found,) = model([as_input(image, model.mean.device)])
-    return {name: value.cpu() for name, value in found.items()}
 
 
 def _distinct_names(files: list[Path]) -> dict[Path, str]:

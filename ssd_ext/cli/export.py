@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: by the suffix of FILE: .onnx, or .pt2 for torch)",
     )
     parser.add_argument(
-        "--image-size",
+        "--size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"no folder {args.out.parent} for --out {args.out}")
     model, classes = _shared.read_detector(args)
     model.to(args.device)
-    size = tuple(args.image_size) if args.image_size else None
+    size = tuple(args.size) if args.size else None
     WRITERS[name](model, args.out, classes=classes, size=size)
     height, width = size or model.image_size
     print(f"{args.out}: images [B, 3, {height}, {width}], RGB in 0..1, to {', '.join(export.OUTPUTS)}")

@@ -194,13 +194,13 @@ def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor | li
 
     Returns:
         The images, stacked to ``[B, 3, h, w]`` where all have one size, else as a list; their objects, as
-        :class:`ssd_ext.models.SSD` takes them; and their names.
+        :class:`ssd_ext.models.SSD` takes them; and the ``"name"`` of each, or ``""``.
     """
     images = [image.as_subclass(Tensor) for image, _ in batch]
     same = len({image.shape for image in images}) == 1
     targets = [target for _, target in batch]
     ground_truth = GroundTruth.from_targets(targets)
-    return torch.stack(images) if same else images, ground_truth, [target["name"] for target in targets]
+    return torch.stack(images) if same else images, ground_truth, [target.get("name", "") for target in targets]
 
 
 @contextlib.contextmanager

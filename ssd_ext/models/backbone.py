@@ -6,18 +6,18 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Base class of backbones: a module from images to feature maps, the first of them the finest.
 
-    :class:`ssd_ext.models.SSD` takes any module with such a ``forward``. Two things need ``features`` as well, the part
-    that a classifier's weights are for:
+    :class:`ssd_ext.models.SSD` takes any module with such a ``forward``. The attribute ``features`` names the part that
+    a classifier has, too:
 
-    - ``--freeze N`` (``Recipe(freeze=N)``) leaves the first ``N`` modules of ``features`` as they are;
-    - ``backbone_weights`` and :func:`ssd_ext.models.load_weights` set ``features`` from the file of a classifier whose
-      ``features`` it is, or set the whole backbone from its own state dict.
+    - ``--freeze N`` (``Recipe(freeze=N)``) does not train the first ``N`` modules of ``features``;
+    - :func:`ssd_ext.models.load_weights` sets ``features`` from the file of a classifier with the same ``features``, or
+      the whole backbone from its own state dict.
 
-    Levels beyond the classifier, such as SSD's extra levels, stand beside ``features``; what mixes the maps of several
-    levels, such as a feature pyramid, is a neck: ``SSD(backbone, ..., neck=...)``.
+    Levels beyond the classifier, such as SSD's extra levels, are not part of ``features``. A module that mixes the maps
+    of several levels, such as a feature pyramid, is a neck: ``SSD(backbone, ..., neck=...)``.
 
     Attributes:
-        features: in the order in which an image passes through.
+        features: modules in the order in which an image passes through them.
     """
 
     features: nn.Sequential

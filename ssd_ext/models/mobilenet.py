@@ -8,7 +8,7 @@ from torchvision.models import mobilenet_v2
 from torchvision.ops import Conv2dNormActivation
 
 from ssd_ext.models.backbone import Backbone
-from ssd_ext.models.ssd import SSD
+from ssd_ext.models.ssd import SSD, name_of
 from ssd_ext.models.weights import Source, load_into
 from ssd_ext.priors import SSDLITE320, PriorSpec
 
@@ -107,6 +107,6 @@ def ssdlite320_mobilenet_v2(
     Source: Sandler et al., MobileNetV2 (2018), section 6.2; torchvision's ``ssdlite320_mobilenet_v3_large``.
     """
     backbone = MobileNetV2()
-    settings = {"head": separable_head, "name": "ssdlite320_mobilenet_v2", **settings}
+    settings = {"head": separable_head, **settings, "name": name_of("ssdlite320_mobilenet_v2", settings)}
     model = SSD(backbone, prior_spec, num_classes, image_size=image_size, **settings)
     return load_into(model, weights, backbone_weights)

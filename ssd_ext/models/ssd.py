@@ -1,6 +1,6 @@
 """SSD around any backbone: heads, loss from images and targets, detections from images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -36,6 +36,11 @@ def xavier_(module: nn.Module) -> None:
                 nn.init.zeros_(conv.bias)
 
 
+def name_of(builder: str, settings: Mapping[str, Any]) -> str | None:
+    """The name of a builder's detector, by which :func:`ssd_ext.models.create` can build it again, or None."""
+    return None if {"head", "neck"} & settings.keys() else builder
+
+
 class SSD(nn.Module):
     """A single shot detector: a backbone of several feature maps, perhaps a neck, two heads on each map, priors.
 
@@ -63,7 +68,7 @@ class SSD(nn.Module):
         iou_threshold: of NMS.
         topk_per_class: candidates of each class.
         max_detections: of an image.
-        name: of the builder, one of ``ssd_ext.models.MODELS``; None for a detector of your own.
+        name: of the builder, one of ``ssd_ext.models.MODELS``, without a neck or head of your own; else None.
 
     Attributes:
         prior_spec: the spec with this model's ``image_size`` and ``feature_sizes``.
@@ -131,13 +136,15 @@ class SSD(nn.Module):
         self.topk_per_class = topk_per_class
         self.max_detections = max_detections
         self.register_buffer("priors", self.prior_spec.priors(), persistent=False)
-        self.register_buffer("extent", _extent(torch.tensor([self.image_size]).float()), persistent=False)
+        height, width = self.image_size
+        extent = torch.tensor([[width, height] * 2], dtype=torch.float32)
+        self.register_buffer("extent", extent, persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What :func:`ssd_ext.models.create` takes to build this detector again, in plain values."""
+        """Plain values from which :func:`ssd_ext.models.create` builds this detector again, unless ``name`` is None."""
         return {
             "name": self.name,
             "num_classes": self.num_classes,
@@ -215,8 +222,8 @@ class SSD(nn.Module):
         Args:
             deltas: ``[B, P, 4]``.
             logits: ``[B, P, C]``.
-            sizes: ``[B, 2]``, or ``[1, 2]`` for all alike: ``(h, w)`` in pixels of the images that boxes are meant for,
-                on the model's device; default: ``image_size``.
+            sizes: ``(h, w)`` in pixels of the images that boxes are meant for, on the model's device: ``[B, 2]``, or
+                ``[1, 2]`` if all have one size; default: ``image_size``.
 
         Returns:
             ``boxes [B, K, 4]``, ``scores [B, K]``, ``labels [B, K]``, ``counts [B]``; ``K`` is ``max_detections``. See
@@ -252,9 +259,9 @@ class SSD(nn.Module):
 
         Args:
             images: a list of ``[3, h, w]``, of any sizes, or ``[B, 3, h, w]``; RGB in 0..1.
-            targets: the objects of the images, boxes in pixels of the images as given, labels 1..C-1: a
-                :class:`ssd_ext.GroundTruth`, or a list with a dict ``{"boxes": [G, 4], "labels": [G]}`` for each image.
-                An image may have none.
+            targets: the objects of the images, boxes in pixels of the images as given, labels 1..C-1, or -1 for a
+                region to ignore: a :class:`ssd_ext.GroundTruth`, or a list with a dict ``{"boxes": [G, 4], "labels":
+                [G]}`` for each image. An image may have none.
 
         Returns:
             With targets ``{"bbox_regression": scalar, "classification": scalar}``, to be added up; NaN or infinite
@@ -269,7 +276,7 @@ class SSD(nn.Module):
             if self.training:
                 raise ValueError("targets must be given in training mode; call eval() to detect")
             return ops.unpad(*self.predict(images))
-        ground_truth = as_ground_truth(targets).to(self.mean.device)
+        ground_truth = as_ground_truth(targets)
         if ground_truth.num_images != len(images):
             raise ValueError(
                 f"targets must be of the {len(images)} images given, got those of {ground_truth.num_images}"
@@ -280,14 +287,14 @@ class SSD(nn.Module):
         __call__ = forward  # nn.Module's is of any arguments and any result
 
     def losses(
-        self, deltas: Tensor, logits: Tensor, ground_truth: GroundTruth, sizes: Tensor | None = None
+        self, deltas: Tensor, logits: Tensor, ground_truth: GroundTruth | Targets, sizes: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The losses from what :meth:`heads` gave.
 
         Args:
             deltas: ``[B, P, 4]``.
             logits: ``[B, P, C]``.
-            ground_truth: the objects of the images.
+            ground_truth: as the targets of :meth:`forward`.
             sizes: as for :meth:`postprocess`, of the images that the boxes are in.
 
         Returns:
@@ -297,12 +304,13 @@ class SSD(nn.Module):
             ValueError: as :meth:`postprocess`, and as :class:`ssd_ext.MultiBoxLoss` does.
         """
         self.prior_spec.check(deltas.shape[1])
-        relative = ground_truth.divided(self._extents(sizes).to(self.priors))
+        extents = self._extents(sizes).to(self.priors)
+        relative = as_ground_truth(ground_truth).to(extents.device).normalized(extents)
         loc, conf = self.loss(deltas, logits, relative, self.priors)
         return {"bbox_regression": loc, "classification": conf}
 
     def _sizes(self, images: Images) -> Tensor | None:
-        """``(h, w)`` of the images, ``[B, 2]`` or ``[1, 2]`` for all alike; None for ``image_size``."""
+        """``(h, w)`` of the images, ``[B, 2]``, or ``[1, 2]`` if all have one size; None for ``image_size``."""
         shapes = [tuple(images.shape[-2:])] if isinstance(images, Tensor) else [tuple(x.shape[-2:]) for x in images]
         if all(shape == self.image_size for shape in shapes):
             return None
@@ -313,7 +321,7 @@ class SSD(nn.Module):
 
     def _extents(self, sizes: Tensor | None) -> Tensor:
         """``(w, h, w, h)`` in pixels: what relative corners are multiplied by."""
-        return self.extent if sizes is None else _extent(sizes)
+        return self.extent if sizes is None else sizes.flip(-1).repeat(1, 2)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for ``print``."""
@@ -329,11 +337,6 @@ def _rows(heads: nn.ModuleList, maps: Sequence[Tensor], columns: int) -> Tensor:
     """
     outputs = (head(x).permute(0, 2, 3, 1) for head, x in zip(heads, maps, strict=True))
     return torch.cat([y.unflatten(3, (-1, columns)).flatten(1, 3) for y in outputs], 1)
-
-
-def _extent(sizes: Tensor) -> Tensor:
-    """``(w, h, w, h)`` of ``(h, w)``: what relative corners are multiplied by."""
-    return sizes.flip(-1).repeat(1, 2)
 
 
 def _check_image(image: Tensor, name: str, dims: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd_ext.models.backbone import Backbone
-from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, SSD, xavier_
+from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, SSD, name_of, xavier_
 from ssd_ext.models.weights import Source, load_into
 from ssd_ext.priors import SSD300_COCO, SSD512_COCO, PriorSpec
 
@@ -114,7 +114,7 @@ def ssd300_vgg16(
 
     Source: Liu et al., SSD (2016), section 3.
     """
-    settings["name"] = "ssd300_vgg16"
+    settings["name"] = name_of("ssd300_vgg16", settings)
     return _ssd_vgg16(VGG16(SSD300_EXTRAS), prior_spec, num_classes, weights, backbone_weights, image_size, settings)
 
 
@@ -142,7 +142,7 @@ def ssd512_vgg16(
 
     Source: Liu et al., SSD (2016), section 3.3, footnote 5.
     """
-    settings["name"] = "ssd512_vgg16"
+    settings["name"] = name_of("ssd512_vgg16", settings)
     return _ssd_vgg16(VGG16(SSD512_EXTRAS), prior_spec, num_classes, weights, backbone_weights, image_size, settings)
 
 

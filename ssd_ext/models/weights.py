@@ -127,8 +127,8 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
       weights want ``prior_spec=SSD300_VOC_RELEASED``; they bound centres to the image too, which ours do not;
     - a backbone alone: torchvision's ``mobilenet_v2``; ``vgg16`` under torchvision's names, or amdegroot's
       ``vgg16_reducedfc``. fc6 and fc7 become conv6 and conv7, every fourth channel and every third cell;
-    - a backbone of your own: the state dict of all of it or of its ``features``, or of a classifier with such
-      ``features``; see :class:`ssd_ext.models.Backbone`.
+    - the state dict of a whole backbone; of a backbone of your own also that of its ``features``, or of a classifier
+      with such ``features``: see :class:`ssd_ext.models.Backbone`.
 
     A detector of another number of classes leaves the model's class heads as they are; ``skipped`` lists its own.
     Either all of this is possible, or the model is unchanged. Detectors of torchvision and amdegroot turn the model's
@@ -162,7 +162,7 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     ours, skipped = _fit(layout, state, model, where)
     convention = convention or _convention(layout, ours)
     if convention:
-        _convert(ours, convention, model, where)
+        _convert(ours, convention, model, where, is_vgg16=layout.name != "backbone")
     model.load_state_dict(ours, strict=False)
     if layout.name in ("torchvision detector", "amdegroot detector"):
         model.antialias = False
@@ -178,12 +178,10 @@ def _known_layout(state: Mapping[str, Tensor]) -> _Layout | None:
 
 def _own_backbone(model: SSD, state: Mapping[str, Tensor]) -> _Layout | None:
     """The layout of a file for a backbone of the user's own: of all of it, or of its features, or of a classifier."""
-    from ssd_ext.models.mobilenet import MobileNetV2
-    from ssd_ext.models.vgg import VGG16
-
-    if isinstance(model.backbone, MobileNetV2 | VGG16):
-        return None
     names = model.state_dict().keys()
+    is_ours = type(model.backbone).__module__.startswith("ssd_ext.")  # a classifier's file has one of _LAYOUTS
+    if is_ours and state.keys() != model.backbone.state_dict().keys():
+        return None
     features = {name for name in names if name.startswith(_FEATURES)}
     found = {prefix: len(features & {prefix + key for key in state}) for prefix in ("backbone.", _FEATURES)}
     prefix = max(found, key=found.__getitem__)
@@ -285,10 +283,10 @@ def _convention(layout: _Layout, ours: dict[str, Tensor]) -> str | None:
     return "bgr255" if first[0] < first[2] else "rgb255"
 
 
-def _convert(ours: dict[str, Tensor], convention: str, model: SSD, where: str) -> None:
+def _convert(ours: dict[str, Tensor], convention: str, model: SSD, where: str, is_vgg16: bool) -> None:
     """Make the first convolution of ``ours`` take the model's input: its order, scale and mean."""
     weight, bias = (ours.get(f"backbone.features.0.{name}") for name in ("weight", "bias"))
-    if weight is None or bias is None:
+    if weight is None or bias is None or not is_vgg16:
         raise ValueError(f"{where}: convention={convention!r} is for a VGG16")
     order, *statistics = CONVENTIONS[convention]
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in statistics)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd_ext.ground_truth import INTEGERS
 from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
 
 BBOX_XFORM_CLIP = math.log(1000 / 16)
-INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
@@ -80,8 +80,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Args:
         boxes1: ``[N, 4]`` corners ``(x1, y1, x2, y2)``, any units. float32, float64, float16 or
-            bfloat16; the halves compute in float32. Or integers, which compute in float64.
-        boxes2: ``[M, 4]`` corners in the same units, same dtype and device; of integers, any width.
+            bfloat16; the halves compute in float32. Or integers, whose IoU is computed in float64.
+        boxes2: ``[M, 4]`` corners in the same units, same dtype and device; two tensors of integers may
+            differ in width.
 
     Returns:
         ``[N, M]`` in 0..1, in the dtype of the boxes, or float32 for integers. A box with a NaN or infinite

@@ -37,8 +37,8 @@ def match(
             truths and priors left, so every ground truth gets a prior while priors last (ties: the
             lowest prior, then the lowest ground truth). ``"last"``: each ground truth claims its best
             prior (ties: the lowest); of several that claim one prior the last has it. ``"none"``.
-        validate: raise for a ground truth that cannot be matched, and warn of priors that look like corners.
-            This synchronises with the GPU.
+        validate: raise for a ground truth that cannot be matched or whose label is below 1 and not -1, and
+            warn of priors that look like corners. This synchronises with the GPU.
 
     Returns:
         ``[B, P]`` int64: the index of the ground truth within its image, ``-1`` background, ``-2``
@@ -48,7 +48,7 @@ def match(
         ValueError: wrong shape, dtype or device; thresholds outside 0..1 or crossed; an unknown
             ``force``; on the CPU, offsets that do not ascend from 0 to at most ``G`` (on a
             GPU, which is not waited for, images from the first offset that is wrong on
-            get no match); with ``validate``, a bad ground truth (names image, box and coordinates).
+            get no match); with ``validate``, a bad ground truth (names image, box and value).
 
     Source: ``"bipartite"``: Liu et al., SSD (2016), section 2.2 "Matching strategy" and its Caffe code;
     ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``.
@@ -84,8 +84,8 @@ def assign_targets(
         low_threshold: as for :func:`match`.
         force: as for :func:`match`.
         variances: of centre and size, as for :func:`encode`.
-        validate: as for :func:`match`; also raise for a label below 1 other than -1, or not below
-            ``num_classes``. Without it labels are copied as they are.
+        validate: as for :func:`match`; also raise for a label that is not below ``num_classes``. Without it
+            labels are copied as they are.
         num_classes: number of classes with background, 2 or more; only with ``validate``.
 
     Returns:
@@ -135,8 +135,8 @@ def _ground_truth(value: GroundTruth | Targets, priors: Tensor) -> GroundTruth:
 
 def _validate(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -> None:
     gt.validate(num_classes)
-    # Where centres differ, some of them lie further from the origin than the size of any prior.
-    if len(priors) and (priors[:, 2:] > priors[:, :2]).all() and (priors[:, :2] != priors[0, :2]).any():
+    # Of a grid of so many cells some have their centre further out than any prior is large.
+    if (priors[:, 2:] > priors[:, :2]).all() and len(priors[:, :2].unique(dim=0)) >= 16:
         warnings.warn(
             "priors look like corners (x1, y1, x2, y2), but must be (cx, cy, w, h): "
             'torchvision.ops.box_convert(anchors, "xyxy", "cxcywh") converts them',

@@ -7,7 +7,7 @@ from ssd_ext.reference.boxes import box_iou
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the kept boxes by falling score; see :func:`ssd_ext.ops.nms`."""
+    """Indices of the kept boxes by descending score; see :func:`ssd_ext.ops.nms`."""
     order = scores.argsort(descending=True, stable=True)
     order = order[~scores[order].isnan()]
     keep = []
@@ -19,7 +19,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the kept boxes of all classes by falling score; see :func:`ssd_ext.ops.batched_nms`."""
+    """Indices of the kept boxes of all classes by descending score; see :func:`ssd_ext.ops.batched_nms`."""
     keep = [idxs.new_empty(0, dtype=torch.int64)]
     for i in idxs.unique():
         members = (idxs == i).nonzero().flatten()
