@@ -65,8 +65,8 @@ def test_emulated_cases_launch_every_kernel(generator):
         return sorted(kernel for kernel in kernels - launched if f"::{room}::" in kernel)
 
     kernels, launched = set(_C.emulator.kernels()), set()
-    rooms = {op.op.__module__.split(".")[-1].removeprefix("_") for op in OPS}
-    assert {kernel.split("::")[1] for kernel in kernels} == rooms
+    rooms = {op.name: op.op.__module__.split(".")[-1].removeprefix("_") for op in OPS}
+    assert {kernel.split("::")[1] for kernel in kernels} == set(rooms.values())
 
     def launch(op, given):
         leaves = [given[name].requires_grad_() for name in op.differentiable]
@@ -77,7 +77,7 @@ def test_emulated_cases_launch_every_kernel(generator):
         launched.update(_C.emulator.launches())
 
     for op in OPS:
-        room = op.op.__module__.split(".")[-1]
+        room = rooms[op.name]
         made = [case.make(generator) for case in op.cases if not case.benchmark]
         made.sort(key=lambda inputs: op.traffic(inputs, ()))
         for inputs in made:
@@ -88,5 +88,5 @@ def test_emulated_cases_launch_every_kernel(generator):
                     launch(op, map_tensors(convert(inputs, dtype), change))
                     if dtype == FLOATS[0] and missing(room) == before:  # the other types have hardly another kernel
                         break
-    for room in rooms:
+    for room in rooms.values():
         assert missing(room) == []

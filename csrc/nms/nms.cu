@@ -38,10 +38,12 @@
 //                    rounds, eight words at once; words are found and read without branches; a tile is read together
 //                    with its first column. Rejected: settling each warp by itself between the rounds, which saves
 //                    hardly one.
-//   20, 160,  82 us  Measured on an H100, where the version before took 22 and 164, of 18 and 145 predicted: 512
+//   20, 160,  81 us  Measured on an H100, where the version before took 22, 164 and 76, of 18 and 145 predicted: 512
 //                    threads, so that a step decides twice as many boxes; a round keeps what a warp votes, not what
 //                    each lane holds, and takes 64 instructions instead of 85; a row's word is written by a lane of its
-//                    own. Rejected: two blocks a multiprocessor, 20 and 175 us.
+//                    own. Rejected: two blocks a multiprocessor, 20 and 175 us; grouped, the grid of twice as many
+//                    warps that came of the larger blocks, 87 us, and smaller ones for later chunks, with which two
+//                    classes take 244 to 320 us instead of 224.
 // What binds: at 1,000 boxes latency, mostly of chains of instructions, six clocks each. Of 30,000 clocks the first
 // warp compares for 6,000, all warps and the ticket take 4,400 more, the sweep begins its first step 2,500 later, and
 // two steps take 7,000 each. At 20,000 boxes ten chunks one after another; grouped, ranks and merges of keys of 128
@@ -66,6 +68,8 @@ constexpr int kColumns = kWarps / kWarpsOfColumn;  // that a block compares at o
 template <class C>
 constexpr int kRowsAtOnce = sizeof(C) == 8 ? 1 : 2;  // as registers allow
 constexpr int64_t kBlocks = 132;                     // of chunk_kernel, that a large GPU runs at a time
+// Grouped, blocks go from tile to tile: of the first chunks, and of later ones, which are seldom any.
+constexpr unsigned kFirstBlocks = 512, kLaterBlocks = 32, kLaterSplits = 4;
 constexpr int kCompactThreads = gpu::kWarp * gpu::kWarp;
 static_assert(kChunk == gpu::kWarp && 2 * kRowsOfWarp <= 32);
 
@@ -637,10 +641,9 @@ void nms_cuda(DType dtype, const void* boxes, const void* scores, const int64_t*
       const int64_t in_chunk = min_of(tiles - wave * kChunk, int64_t(kChunk));
       const int64_t splits = min_of((wave * kChunk + in_chunk + kColumns - 1) / kColumns, kBlocks / in_chunk);
       const unsigned turns = wave > 0 && (wave + 1) * kChunk < tiles ? 2 : 1;  // of this chunk and of later ones
-      // Grouped, a block goes from tile to tile, and later chunks are seldom any.
       const dim3 grid = !w.grouped  ? dim3(unsigned(in_chunk), unsigned(splits), turns)
-                        : wave == 0 ? dim3(512, 2)
-                                    : dim3(32, 8, turns);
+                        : wave == 0 ? dim3(kFirstBlocks)
+                                    : dim3(kLaterBlocks, kLaterSplits, turns);
       gpu::launch(chunk_kernel<T>, grid, dim3(kThreads), 0, stream, sorted, w, wave, C(iou_threshold), keep, count);
     }
     if (w.grouped) {
