@@ -132,9 +132,8 @@ Returned detect_op(const Tensor& deltas, const Tensor& logits, const Tensor& pri
 STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
   m.def(
       "detect(Tensor deltas, Tensor logits, Tensor priors, float score_threshold, float iou_threshold, "
-      "int topk_per_class, int max_detections, bool sigmoid, float[] variances, float bbox_xform_clip, bool "
-      "class_agnostic, "
-      "float[]? window) -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
+      "int topk_per_class, int max_detections, bool sigmoid, float[] variances, float bbox_xform_clip, "
+      "bool class_agnostic, float[]? window) -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 }
 
 SSD_EXT_REGISTER(m) { m.impl("detect", TORCH_BOX(&detect_op)); }

@@ -358,11 +358,9 @@ def _coding(coder: Any) -> dict[str, Any] | None:
     if type(coder) is not BoxCoder:
         return None
     x, y, width, height = coder.weights
-    return (
-        {"variances": (1 / x, 1 / width), "bbox_xform_clip": coder.bbox_xform_clip}
-        if (x, width) == (y, height)
-        else None
-    )
+    if (x, width) != (y, height):
+        return None
+    return {"variances": (1 / x, 1 / width), "bbox_xform_clip": coder.bbox_xform_clip}
 
 
 def _detect_suits(model: SSD | RetinaNet, generator: type) -> bool:

@@ -1,11 +1,12 @@
 """What a backbone is to the trainer and to files of weights: Backbone."""
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Backbone(nn.Module):
-    """Base class of backbones: a module from images to feature maps, the first of them the finest.
+    """Base class of backbones: modules from images to feature maps, the first of them the finest.
 
+    ``forward(x)`` takes ``[B, 3, H, W]`` images, normalised, and returns a list of maps ``[B, C_k, h_k, w_k]``.
     :class:`ssd_ext.models.SSD` takes any module with such a ``forward``. The attribute ``features`` names the part that
     a classifier has, too:
 
@@ -21,7 +22,3 @@ class Backbone(nn.Module):
     """
 
     features: nn.Sequential
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """``[B, 3, H, W]`` images, normalised, to maps ``[B, C_k, h_k, w_k]``."""
-        raise NotImplementedError

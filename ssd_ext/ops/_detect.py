@@ -71,7 +71,7 @@ def detect(
         ValueError: wrong shape, dtype or device; a threshold outside 0..1; a ``topk_per_class`` or
             ``max_detections`` below 1; an unknown ``activation``; a variance that is not positive; a
             NaN ``bbox_xform_clip``; a ``window`` that is not four numbers or inverted; 2^31 or more logits an image; on
-            CUDA, 2^28 or more images, or 2^31 or more eighths of priors of all images together.
+            CUDA, 2^28 or more images, or ``B * (P / 64 + 1)`` of 2^31 or more.
         RuntimeError: a gradient is asked for.
 
     Source: Liu et al., SSD (2016), section 2.2; torchvision's ``SSD.postprocess_detections``, whose
