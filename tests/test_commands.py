@@ -163,6 +163,15 @@ def test_a_command_that_fails_says_so_to_the_shell(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_output_that_its_reader_has_closed_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "ssd_ext", "env"]
+    done = subprocess.run(line, env=ENVIRONMENT | {"PYTHONUNBUFFERED": ""}, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_rules_of_data_reach_training_and_evaluation(tmp_path):
     """A folder with one wrong box, and corners that are to be taken as they stand."""
     folder = tmp_path / "cards"

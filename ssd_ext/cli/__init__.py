@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = parser_for(argv[0] if argv else None).parse_args(argv)
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has closed the output: what is flushed at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("ssd_ext: interrupted")
     except EXPECTED as e:
