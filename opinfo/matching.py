@@ -206,6 +206,7 @@ _INVALID = [
         ("Inf", torch.tensor([[0.0, 0.0, math.inf, 1.0]]), "0.0, 0.0, inf"),
         ("no area", torch.tensor([[0.5, 0.0, 0.5, 1.0]]), "0.5, 0.0, 0.5"),
         ("inverted", torch.tensor([[0.5, 0.0, 0.25, 1.0]]), "0.5, 0.0, 0.25"),
+        ("inverted twice", torch.tensor([[0.5, 0.5, 0.25, 0.25]]), "0.5, 0.5, 0.25"),
     ]
 ]
 

@@ -137,3 +137,11 @@ def test_iou_of_integers_is_torchvisions(dtypes, device):
     found = ops.box_iou(a, b)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, tv_ops.box_iou(a.long(), b.long()))
+    with pytest.raises(ValueError, match="boxes1 must be float32"):
+        ops.box_iou(a, b.float())
+
+
+def test_iou_of_integers_beyond_floats():
+    n = 2**24
+    a, b = torch.tensor([[n, 0, n + 3, 1]]), torch.tensor([[n + 1, 0, n + 3, 1]])
+    assert ops.box_iou(a, b).item() == pytest.approx(2 / 3)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ssd_ext import MultiBoxLoss, checkpoint, cli, export
-from ssd_ext.cli._shared import read_data
+from ssd_ext.cli._shared import read_classes, read_data
 from ssd_ext.cli.detect import _distinct_names, image_files
 from ssd_ext.cli.train import recipe_of
 from ssd_ext.data import load_dataset
@@ -123,7 +123,7 @@ def _bad_checkpoint(path):
         (("detect", "empty", "--weights", "lite.pt"), "empty holds no images"),
         (("detect", "photos", "--weights", "lite.pt", "--out", "photos"), "would overwrite"),
         (("evaluate", "photos", "--weights", "lite.pt", "--zero-based"), "is for VOC folders, which photos is not"),
-        (("detect", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
+        (("detect", "photos", "text.pt", "--weights", "lite.pt", "--out", "out"), "text.pt cannot be read as an image"),
         (("export", "--weights", "none.pt", "--out", "out.onnx"), "none.pt"),
         (("export", "--weights", "lite.pt", "--out", "out.txt"), "must end in .onnx or .pt2, or --format be given"),
         (
@@ -221,7 +221,11 @@ def test_an_error_is_one_sentence_or_a_traceback(monkeypatch):
         monkeypatch.setattr("ssd_ext.cli.env.run", run)
 
     monkeypatch.delenv("SSD_EXT_TRACEBACK", raising=False)
-    for error, text in ((ValueError("no such split"), "no such split"), (KeyboardInterrupt(), "interrupted")):
+    for error, text in (
+        (ValueError("no such split"), "no such split"),
+        (RuntimeError("CUDA out of memory"), "CUDA out of memory"),
+        (KeyboardInterrupt(), "interrupted"),
+    ):
         fails(error)
         with pytest.raises(SystemExit, match=f"^ssd_ext: {text}$"):
             cli.main(["env"])
@@ -386,7 +390,8 @@ def rename(values, names):
 
 @pytest.mark.parametrize("version", ["of this version", "0.1.0"])
 def test_a_checkpoint_tells_its_model(tmp_path, version):
-    settings = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "score_threshold": 0.02, "max_detections": 7}
+    settings = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "antialias": False}
+    settings |= {"score_threshold": 0.02, "max_detections": 7}
     settings["loss"] = MultiBoxLoss(variances=(0.2, 0.3), neg_to_pos_ratio=2.0)
     model = ssdlite320_mobilenet_v2(3, image_size=(160, 224), **settings).eval()
     architecture = model.architecture
@@ -399,10 +404,20 @@ def test_a_checkpoint_tells_its_model(tmp_path, version):
     assert classes == ["a", "b"]
     assert loaded.image_size == (160, 224)
     assert loaded.architecture == model.architecture
-    image = torch.rand(3, 90, 120)
+    image = torch.rand(3, 320, 450)  # made smaller, for which antialiasing matters
     with torch.inference_mode():
         (expected,), (found,) = model([image]), loaded([image])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(found["boxes"]) == 7
     with pytest.raises(ValueError, match="has 2 classes, but 1 names were given"):
         load_detector(tmp_path / "w.pt", classes=["a"])
+
+
+def test_weights_alone(tmp_path):
+    path, model = tmp_path / "w.pt", "ssdlite320_mobilenet_v2"
+    checkpoint.save(ssdlite320_mobilenet_v2(3).state_dict(), path)
+    (tmp_path / "names").write_text("king\n\njack \n")
+    assert load_detector(path, model=model, classes=read_classes(tmp_path / "names"))[1] == ["king", "jack"]
+    assert load_detector(path, model=model, num_classes=3)[1] == ["1", "2"]
+    with pytest.raises(ValueError, match="is no whole detector with 7 classes"):
+        load_detector(path, model=model, num_classes=7)

@@ -260,11 +260,13 @@ def test_onnx_of_the_op(quick, generator, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @torch.no_grad()
 def test_onnx_of_other_types_computes_in_float32(dtype, generator, tmp_path):
-    tensors = {"deltas": torch.randn(2, 30, 4), "logits": torch.randn(2, 30, 5), "priors": torch.rand(30, 4) + 0.2}
+    settings = {"activation": "sigmoid", "score_threshold": 0.5}  # which a logit of 0 does not exceed
+    logits = torch.randn(2, 30, 5).round()
+    tensors = {"deltas": torch.randn(2, 30, 4), "logits": logits, "priors": torch.rand(30, 4) + 0.2}
     tensors = convert(tensors, dtype)
-    export.onnx(torch.export.export(Detect({}), tuple(tensors.values())), tmp_path / "op.onnx")
+    export.onnx(torch.export.export(Detect(settings), tuple(tensors.values())), tmp_path / "op.onnx")
     found = run(session(tmp_path / "op.onnx"), **tensors)
-    expected = ops.detect(**convert(tensors, torch.float32))
+    expected = ops.detect(**convert(tensors, torch.float32), **settings)
     assert found[1].dtype == dtype
     rounded = convert(expected, dtype)
     assert_equal_detections(convert(found, torch.float32), convert(rounded, torch.float32))
@@ -346,5 +348,6 @@ def test_commands_of_the_pages_are_understood(page):
 def test_metadata_are_not_for_a_program(tmp_path):
     pytest.importorskip("onnxscript")
     program = export.program(small().eval())
-    with pytest.raises(ValueError, match="classes and size are for a model"):
-        export.onnx(program, tmp_path / "x.onnx", classes=["a", "b", "c"])
+    for given in ({"classes": ["a", "b", "c"]}, {"size": (9, 9)}):
+        with pytest.raises(ValueError, match="classes and size are for a model"):
+            export.onnx(program, tmp_path / "x.onnx", **given)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from opinfo.inputs import random_boxes, ssd300_priors
 from ssd_ext import GroundTruth, ops, reference
+from ssd_ext.ground_truth import are_valid
 from ssd_ext.priors import PriorSpec
 
 # Corners on a small grid: IoUs are ratios of small integers, so ties are common, and equal in every precision.
@@ -104,6 +105,8 @@ def test_ignored_priors_have_label_minus_one():
     )
     assert target_labels.tolist() == [[-1, 0]]
     assert not target_deltas.any()
+    from_zero = ops.assign_targets(of(half), priors, iou_threshold=0.75, low_threshold=0.0, force="none")
+    assert from_zero[1].tolist() == [[-1, -1]]
 
 
 def test_regions_to_ignore_match_as_objects_do():
@@ -148,6 +151,8 @@ def test_ground_truth_of_lists():
     assert GroundTruth.from_lists(boxes).labels.tolist() == [1, 1, 1]
     none = GroundTruth.from_lists([])
     assert (none.num_images, none.boxes.shape, none.offsets.tolist()) == (0, (0, 4), [0])
+    assert GroundTruth.from_lists([torch.empty(0, 4).double()]).boxes.dtype == torch.float64
+    assert GroundTruth.from_lists([torch.rand(2, 4)], [torch.tensor([1, 2]).int()]).labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -170,9 +175,12 @@ def test_lists_that_are_no_ground_truth(boxes, labels, said):
 
 def test_boxes_of_another_format_are_no_ground_truth():
     tv_tensors = pytest.importorskip("torchvision.tv_tensors")
-    boxes = tv_tensors.BoundingBoxes(torch.rand(2, 4), format="XYWH", canvas_size=(9, 9))
+    corners, others = (
+        tv_tensors.BoundingBoxes(torch.rand(2, 4), format=form, canvas_size=(9, 9)) for form in ("XYXY", "XYWH")
+    )
+    assert type(GroundTruth.from_lists([corners]).boxes) is torch.Tensor
     with pytest.raises(ValueError, match=r"boxes of image 0 must be corners \(XYXY\), got XYWH"):
-        GroundTruth.from_lists([boxes])
+        GroundTruth.from_lists([others])
 
 
 def test_dicts_are_compiled_and_exported():
@@ -280,6 +288,7 @@ def test_number_of_classes_is_not_ignored():
         ops.assign_targets(*arguments, num_classes=21)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         ops.assign_targets(*arguments, num_classes=1, validate=True)
+    ops.assign_targets(*arguments, num_classes=2, validate=True)
 
 
 def test_valid_ground_truth_passes_validation(generator, recwarn):
@@ -292,6 +301,13 @@ def test_valid_ground_truth_passes_validation(generator, recwarn):
     assert not recwarn
 
 
+def test_boxes_whose_area_their_dtype_does_not_hold():
+    corners = torch.tensor([[0.0, 0, 300, 300], [0, 0, 1e-23, 1e-23], [0, 0, 1e20, 1e20]])
+    assert are_valid(corners).tolist() == [True, False, False]
+    assert are_valid(corners.double()).all()
+    assert are_valid(corners[:1].half()).all()  # 90,000 is too much for a half, but not for what the ops compute in
+
+
 def test_priors_that_are_corners_are_noticed(generator):
     box_convert = pytest.importorskip("torchvision.ops").box_convert
     given, priors = of(random_boxes(2, generator)), ssd300_priors()
@@ -300,8 +316,9 @@ def test_priors_that_are_corners_are_noticed(generator):
         warnings.simplefilter("error")
         ops.match(given, huge.priors(), validate=True)
     for unit in (1, 300):
-        with pytest.warns(UserWarning, match="priors look like corners.*box_convert"):
+        with pytest.warns(UserWarning, match="priors look like corners.*box_convert") as warned:
             ops.match(given, box_convert(priors * unit, "cxcywh", "xyxy"), validate=True)
+        assert warned[0].filename == __file__
 
 
 def test_targets_are_constants():

@@ -1,5 +1,7 @@
 """The models: as torchvision's with the same weights, any backbone and size, compiled, cast, on hostile input."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -198,11 +200,20 @@ def test_not_square(name):
 
 
 def test_ssd300_and_512_of_other_sizes():
-    assert ssd300_vgg16(2, image_size=(300, 500)).prior_spec.feature_sizes[-1] == (1, 4)
+    model = ssd300_vgg16(2, image_size=(300, 500))
+    assert model.prior_spec.feature_sizes[-1] == (1, 4)
+    assert model.priors[0, :2].tolist() == pytest.approx([4 / 500, 4 / 300])  # cells of 8 pixels
     with pytest.raises(ValueError, match=r"image_size \(64, 300\) does not suit the backbone"):
         ssd300_vgg16(2, image_size=(64, 300))
     with pytest.raises(ValueError, match="prior_spec has 6 levels, but there are 7 maps"):
         ssd512_vgg16(2, prior_spec=ssd300_vgg16(2).prior_spec)
+
+
+def test_detections_have_the_type_of_the_predictions():
+    model = small().eval().half()
+    deltas, logits = torch.zeros(1, len(model.priors), 4).half(), torch.zeros(1, len(model.priors), 4).half()
+    boxes, scores, *_ = model.postprocess(deltas, logits, torch.tensor([[50.0, 60.0]]))
+    assert boxes.dtype == scores.dtype == torch.float16
 
 
 @pytest.mark.parametrize("empty", [[0], [0, 1]])
@@ -234,7 +245,8 @@ def test_the_form_of_the_ground_truth_does_not_matter(sizes):
     relative = [{**of, "boxes": of["boxes"] / extent} for of, extent in zip(objects, extents, strict=True)]
     losses = model.loss(*model.heads(model.transform(images)), relative, model.priors)
     assert tuple(expected.values()) == losses and min(losses) > 0
-    for form in (ground_truth, padded):
+    wide = [{**of, "boxes": of["boxes"].double()} for of in objects]
+    for form in (ground_truth, padded, wide):
         assert model(images, form) == expected
     if len(set(sizes)) == 1:
         batch = torch.stack(images)
@@ -370,10 +382,10 @@ def test_without_torchvision(python):
     assert python("-c", code.removesuffix("; import ssd_ext.models")).returncode == 0
 
 
-def test_a_detector_with_a_neck_is_one_of_ones_own():
+def test_a_detector_with_a_neck_or_head_is_one_of_ones_own():
     """Its name alone would build another detector."""
-    neck = nn.Identity()
-    assert ssdlite320_mobilenet_v2(2, image_size=(64, 64), neck=neck).name is None
+    for part in ({"neck": nn.Identity()}, {"head": partial(nn.Conv2d, kernel_size=1)}):
+        assert ssdlite320_mobilenet_v2(2, image_size=(64, 64), **part).name is None
     assert ssdlite320_mobilenet_v2(2, image_size=(64, 64)).name == "ssdlite320_mobilenet_v2"
 
 

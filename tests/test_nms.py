@@ -57,6 +57,12 @@ def test_classes_are_not_optional():
             op(torch.rand(3, 4), torch.rand(3), None, 0.5)
 
 
+def test_indices_are_int64_whatever_the_ids_are(device):
+    boxes, scores, idxs = torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int32)
+    for f in (ops.batched_nms, reference.batched_nms):
+        assert f(boxes.to(device), scores.to(device), idxs.to(device), 0.5).dtype == torch.int64
+
+
 def test_threshold_is_exclusive():
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]])
     scores = torch.tensor([0.9, 0.8])

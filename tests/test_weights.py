@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 torchvision = pytest.importorskip("torchvision")
@@ -95,6 +96,7 @@ def test_amdegroot():
     report = load_weights(model, state)
     assert (report.format, report.skipped, report.detector) == ("amdegroot detector, rgb255", [], True)
     assert set(report.loaded) == set(model.state_dict())
+    assert not model.antialias
     image = torch.rand(1, 3, 300, 300, generator=torch.Generator().manual_seed(1))
     x = image * 255 - torch.tensor([123.0, 117.0, 104.0]).view(3, 1, 1)
     for found, expected in zip(model.heads(model.transform(image)), amdegroot_forward(state, x), strict=True):
@@ -283,6 +285,14 @@ def test_a_whole_backbone_of_ones_own_without_a_tensor_beyond_its_features():
     del state[last]
     with pytest.raises(ValueError, match=rf"does not fit the model: backbone\.{last} is missing"):
         load_weights(small_with_neck(), state)
+
+
+def test_a_backbone_of_ones_own_with_more_features_than_vgg16s_classifier():
+    """Only in VGG16 are 31 and 33 conv6 and conv7, which come from another part of the file."""
+    model = small_with_neck()
+    model.backbone.features.extend([*(nn.Identity() for _ in range(31 - len(model.backbone.features))), nn.PReLU(8)])
+    with pytest.raises(ValueError, match=r"backbone\.features\.31\.weight is missing"):
+        load_weights(model, {k: v for k, v in model.backbone.features.state_dict().items() if k != "31.weight"})
 
 
 def test_a_whole_backbone_of_ours():
