@@ -45,6 +45,22 @@ def _copies(count, num_priors, g):
     return _inputs([random_boxes(1, g, 0.2, 0.6).repeat(count, 1)], _priors(num_priors, g))
 
 
+def _crowd(count, num_priors, g, **more):
+    """Nearly equal ground truths, and one that meets no prior."""
+    boxes = random_boxes(1, g, 0.2, 0.6) + 0.01 * torch.rand(count, 4, generator=g)
+    return _inputs([torch.cat([boxes, boxes[:1] + 5])], _priors(num_priors, g), **more)
+
+
+def _one_image(boxes, every=1):
+    return lambda g: {"ground_truth": GroundTruth.from_lists([boxes(g)]), "priors": ssd300_priors()[::every]}
+
+
+def _cells(g):
+    """10,000 that divide the image evenly."""
+    at = torch.cartesian_prod(torch.arange(100), torch.arange(100)).flip(1) / 100
+    return torch.cat([at, at + 0.01], 1)
+
+
 def _bad_priors(g):
     """Priors of every kind of bad number among good ones, also as the first and the last of a warp and of all."""
     priors = _priors(600, g)
@@ -129,6 +145,10 @@ _SMALL = [
     Case("hostile ground truth", _hostile),
     Case("equal ground truths, more than priors", lambda g: _copies(40, 30, g)),
     Case("equal ground truths, many priors", lambda g: _copies(12, 1100, g)),
+    Case("a crowd within a hundredth", lambda g: _crowd(40, 60, g)),
+    Case("a crowd, with priors for all of it", lambda g: _crowd(40, 1100, g, min_force_iou=None)),
+    Case("a crowd, above an IoU", lambda g: _crowd(40, 300, g, min_force_iou=0.2)),
+    Case("last, above an IoU", lambda g: _crowd(40, 300, g, min_force_iou=0.2, force="last"), peers=False),
     Case("bad priors", _bad_priors),
     Case("one best prior", _one_best_prior),
     Case("one best prior, last", lambda g: {**_one_best_prior(g), "force": "last"}),
@@ -188,6 +208,8 @@ _ERRORS = [
     ErrorCase("threshold", _call(iou_threshold=1.5), r"iou_threshold must be in \[0, 1\], got 1.5"),
     ErrorCase("threshold NaN", _call(iou_threshold=math.nan), r"iou_threshold must be in \[0, 1\], got -?nan"),
     ErrorCase("low threshold", _call(low_threshold=0.6), r"at most iou_threshold \(0.5\), got 0.6"),
+    ErrorCase("min_force_iou", _call(min_force_iou=-0.1), r"min_force_iou must be in \[0, 1\], got -0.1"),
+    ErrorCase("min_force_iou NaN", _call(min_force_iou=math.nan), r"min_force_iou must be in \[0, 1\], got -?nan"),
     ErrorCase("force", _call(force="all"), r"force must be one of 'none', 'last', 'bipartite', got 'all'"),
     ErrorCase("offsets fall", _call(offsets=torch.tensor([0, 1, 0])), r"offsets\[1\] = 1, offsets\[2\] = 0"),
     ErrorCase("offsets run over", _call(offsets=torch.tensor([0, 9])), r"number of boxes, 2, got 0 to 9"),
@@ -223,6 +245,17 @@ MATCH = OpInfo(
             _ssd300(32, "coco", force="last"),
             benchmark=True,
             dtypes=EXACT,
+        ),
+        *(
+            Case(name, make, benchmark=True, dtypes=(torch.float32,))
+            for name, make in {
+                "SSD300 300 equal boxes": _one_image(lambda g: random_boxes(1, g, 0.2, 0.6).repeat(300, 1)),
+                "SSD300 1,000 boxes within 0.01": _one_image(
+                    lambda g: random_boxes(1, g, 0.2, 0.6) + 0.01 * torch.rand(1000, 4, generator=g)
+                ),
+                # with all priors the reference would take a minute
+                "a fourth of SSD300, 10,000 equal cells": _one_image(_cells, every=4),
+            }.items()
         ),
     ],
     errors=[*_ERRORS, *_INVALID],

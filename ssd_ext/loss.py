@@ -18,6 +18,7 @@ class MultiBoxLoss(nn.Module):
         iou_threshold: of a match; see :func:`ssd_ext.ops.match`.
         low_threshold: if given, priors whose best IoU is from here up to ``iou_threshold`` are ignored.
         force: ``"bipartite"`` (the paper's), ``"last"`` (torchvision's) or ``"none"``.
+        min_force_iou: ``force`` joins an object and a prior only above this IoU; None: at any.
         variances: of centre and size, those of the decoder.
         neg_to_pos_ratio: negatives for each positive.
         min_negatives: negatives that count in every image, even in one without objects.
@@ -45,6 +46,7 @@ class MultiBoxLoss(nn.Module):
         iou_threshold: float = 0.5,
         low_threshold: float | None = None,
         force: str = "bipartite",
+        min_force_iou: float | None = 0.0,
         variances: tuple[float, float] = (0.1, 0.2),
         neg_to_pos_ratio: float = 3.0,
         min_negatives: int = 0,
@@ -64,6 +66,7 @@ class MultiBoxLoss(nn.Module):
             "iou_threshold": iou_threshold,
             "low_threshold": low_threshold,
             "force": force,
+            "min_force_iou": min_force_iou,
             "variances": variances,
         }
         self.loss: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """What match and assign_targets do beyond the generic suite, and GroundTruth."""
 
+import math
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opinfo.inputs import random_boxes, ssd300_priors
-from ssd_ext import GroundTruth, ops, reference
+from ssd_ext import _C, GroundTruth, MultiBoxLoss, ops, reference
 from ssd_ext.ground_truth import are_valid
 from ssd_ext.priors import PriorSpec
 
@@ -17,6 +18,7 @@ coordinate = st.integers(-2, 6)
 grid_box = st.tuples(coordinate, coordinate, coordinate, coordinate)
 grid_prior = st.tuples(coordinate, coordinate, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
 threshold = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])
+min_force_iou = st.none() | threshold
 
 
 def tensor(rows):
@@ -34,11 +36,12 @@ def of(*boxes):
     priors=st.lists(grid_prior, max_size=40),
     thresholds=st.tuples(threshold, threshold),
     force=st.sampled_from(["none", "last", "bipartite"]),
+    min_force_iou=min_force_iou,
 )
-def test_agrees_with_reference_on_ties(images, priors, thresholds, force):
+def test_agrees_with_reference_on_ties(images, priors, thresholds, force, min_force_iou):
     low, high = sorted(thresholds)
     ground_truth, priors = of(*[tensor(image) for image in images]), tensor(priors)
-    rule = {"iou_threshold": high, "low_threshold": low, "force": force}
+    rule = {"iou_threshold": high, "low_threshold": low, "force": force, "min_force_iou": min_force_iou}
     result = ops.match(ground_truth, priors, **rule)
     assert torch.equal(result, reference.match(ground_truth.to(torch.float64), priors.double(), **rule))
 
@@ -61,11 +64,66 @@ def test_every_ground_truth_gets_a_prior_by_bipartite(generator, device):
         assert set(range(len(image))) <= set(row.tolist())
 
 
-def test_a_box_that_meets_no_prior_still_gets_one():
-    priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
-    far = torch.tensor([[5.0, 5.0, 6.0, 6.0], [0.4, 0.4, 0.6, 0.6]])
-    assert ops.match(of(far), priors).tolist() == [[1, 0]]
-    assert ops.match(of(far), priors, force="none").tolist() == [[1, -1]]
+@pytest.mark.parametrize("force", ["last", "bipartite"])
+def test_a_box_that_meets_no_prior_gets_none_unless_asked_for(force, device):
+    priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.75, 0.75, 0.25, 0.25]], device=device)
+    touching = torch.tensor([[0.875, 0.7, 1.1, 0.9]], device=device)  # without overlapping
+    far = torch.tensor([[5.0, 5.0, 6.0, 6.0], [0.4, 0.4, 0.6, 0.6]], device=device)
+    assert ops.match(of(far, touching), priors, force=force).tolist() == [[1, -1], [-1, -1]]
+    in_any_case = ops.match(of(far[:1], touching), priors, force=force, min_force_iou=None)
+    assert in_any_case.tolist() == [[0, -1], [0, -1]]
+    assert ops.match(of(far), priors, min_force_iou=None).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("force", ["last", "bipartite"])
+def test_claims_are_made_strictly_above_the_minimum(force, device):
+    priors = torch.tensor([[1.0, 1.0, 2.0, 2.0]], device=device)
+    quarter = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
+    below = torch.nextafter(torch.tensor(0.25), torch.tensor(0.0)).item()
+    assert ops.match(of(quarter), priors, force=force, min_force_iou=0.25).item() == -1
+    assert ops.match(of(quarter), priors, force=force, min_force_iou=below).item() == 0
+    loss = MultiBoxLoss(priors, force=force, min_force_iou=0.25)
+    predictions = torch.zeros(1, 1, 4, device=device), torch.zeros(1, 1, 2, device=device)
+    target = [{"boxes": quarter, "labels": torch.ones(1, dtype=torch.int64, device=device)}]
+    assert sum(loss(*predictions, target)) == 0  # no positive, so no negative
+
+
+def crowd(name, count):
+    """Boxes that want the same priors, by `count` of them: equal, within 0.01, nested, and equal cells."""
+    box, side = torch.tensor([[0.3, 0.3, 0.5, 0.6]]), math.isqrt(count)
+    cells = torch.stack([torch.arange(side).repeat(side), torch.arange(side).repeat_interleave(side)], 1) / side
+    return {
+        "equal": box.repeat(count, 1),
+        "within 0.01": box + torch.rand(count, 4, generator=torch.Generator().manual_seed(count)) * 0.01,
+        "nested": box + torch.linspace(0, 0.1, count)[:, None] * torch.tensor([-1.0, -1, 1, 1]),
+        "cells": torch.cat([cells, cells + 1 / side], 1),
+    }[name]
+
+
+CROWDS = ["equal", "within 0.01", "nested", "cells"]
+
+
+@pytest.mark.parametrize("count", [9, 196])
+@pytest.mark.parametrize("name", CROWDS)
+@pytest.mark.parametrize("min_force_iou", [0.0, None, 0.3])
+def test_crowds_are_joined_by_rank(name, count, min_force_iou, device):
+    boxes, priors = crowd(name, count), ssd300_priors()[-236:]
+    rule = {"iou_threshold": 1.0, "min_force_iou": min_force_iou}
+    expected = reference.match(of(boxes), priors, **rule)
+    assert torch.equal(ops.match(of(boxes.to(device)), priors.to(device), **rule).cpu(), expected)
+    if min_force_iou is None:
+        assert (expected >= 0).sum() == count
+
+
+@pytest.mark.parametrize("name", CROWDS)
+def test_cuda_joins_a_crowd_in_steps_in_proportion_to_it(name, gpu):
+    if "emulator" not in _C.build_info():
+        pytest.skip("counts the steps of the emulator")
+    steps = []
+    for count in (49, 196):
+        gpu(ops.match, {"ground_truth": of(crowd(name, count)), "priors": ssd300_priors()[-236:]})
+        steps.append(_C.emulator.meetings())
+    assert steps[1] < 6 * steps[0]
 
 
 @pytest.mark.slow
@@ -82,7 +140,7 @@ def test_a_thousand_equal_ground_truths(device):
 
 
 def test_the_last_of_two_has_the_prior():
-    priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
+    priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.1, 0.1]])
     boxes = torch.tensor([[0.3, 0.3, 0.7, 0.7], [0.3, 0.3, 0.6, 0.6]])
     assert ops.match(of(boxes), priors, force="last").tolist() == [[1, -1]]
     assert ops.match(of(boxes), priors, force="bipartite").tolist() == [[0, 1]]

@@ -1,6 +1,7 @@
 #include "matching/matching.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "common/tensor.h"
@@ -21,7 +22,8 @@ struct Call {
 };
 
 Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, const Tensor& offsets, const Tensor& priors,
-           double iou_threshold, double low_threshold, int64_t force, const std::vector<double>& variances) {
+           double iou_threshold, double low_threshold, int64_t force, std::optional<double> min_force_iou,
+           const std::vector<double>& variances) {
   const Arg boxes{"ground_truth.boxes", gt_boxes};
   check_floating(op, {boxes, {"priors", priors}});
   check_shape(op, boxes, {kAny, 4}, "[G, 4]");
@@ -41,6 +43,7 @@ Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, cons
     raise(op, ": low_threshold must be at most iou_threshold (", iou_threshold, "), got ", low_threshold);
   }
   if (force < 0 || force > 2) raise(op, ": force must be 0 (none), 1 (last) or 2 (bipartite), got ", force);
+  if (min_force_iou) check_fraction(op, "min_force_iou", *min_force_iou);
   check_variances(op, variances);
   constexpr int64_t most = std::numeric_limits<int32_t>::max() - 1024;  // kernels step beyond the end
   if (priors.size(0) > most) raise(op, ": at most ", most, " priors, got ", priors.size(0));
@@ -52,7 +55,7 @@ Call check(const char* op, const Tensor& gt_boxes, const Tensor* gt_labels, cons
           offsets,
           priors,
           gt_labels,
-          {iou_threshold, low_threshold, claims, variances[0], variances[1]},
+          {iou_threshold, low_threshold, claims, min_force_iou.value_or(-1), variances[0], variances[1]},
           {images, priors.size(0), gts}};
 }
 
@@ -107,16 +110,17 @@ std::tuple<Tensor, Tensor> run(const Call& call) {
 }
 
 Tensor match_op(const Tensor& gt_boxes, const Tensor& offsets, const Tensor& priors, double iou_threshold,
-                double low_threshold, int64_t force) {
-  return std::get<0>(
-      run(check("match", gt_boxes, nullptr, offsets, priors, iou_threshold, low_threshold, force, {1, 1})));
+                double low_threshold, int64_t force, std::optional<double> min_force_iou) {
+  return std::get<0>(run(
+      check("match", gt_boxes, nullptr, offsets, priors, iou_threshold, low_threshold, force, min_force_iou, {1, 1})));
 }
 
 std::tuple<Tensor, Tensor> assign_targets_op(const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& offsets,
                                              const Tensor& priors, double iou_threshold, double low_threshold,
-                                             int64_t force, std::vector<double> variances) {
-  auto [labels, deltas] = run(
-      check("assign_targets", gt_boxes, &gt_labels, offsets, priors, iou_threshold, low_threshold, force, variances));
+                                             int64_t force, std::optional<double> min_force_iou,
+                                             std::vector<double> variances) {
+  auto [labels, deltas] = run(check("assign_targets", gt_boxes, &gt_labels, offsets, priors, iou_threshold,
+                                    low_threshold, force, min_force_iou, variances));
   return {deltas, labels};
 }
 
@@ -124,11 +128,12 @@ std::tuple<Tensor, Tensor> assign_targets_op(const Tensor& gt_boxes, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssd_ext, m) {
   m.def(
-      "match(Tensor gt_boxes, Tensor offsets, Tensor priors, float iou_threshold, float low_threshold, int force) "
-      "-> Tensor");
+      "match(Tensor gt_boxes, Tensor offsets, Tensor priors, float iou_threshold, float low_threshold, int force, "
+      "float? min_force_iou) -> Tensor");
   m.def(
       "assign_targets(Tensor gt_boxes, Tensor gt_labels, Tensor offsets, Tensor priors, float iou_threshold, "
-      "float low_threshold, int force, float[] variances) -> (Tensor target_deltas, Tensor target_labels)");
+      "float low_threshold, int force, float? min_force_iou, float[] variances) -> (Tensor target_deltas, Tensor "
+      "target_labels)");
 }
 
 SSD_EXT_REGISTER(m) {

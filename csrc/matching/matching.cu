@@ -11,7 +11,8 @@
 //    slow path of the division; the 35 ground truths of the fullest image came one after another; 64 registers left a
 //    second wave; and the forced matches waited for code that no cache held.
 // 4. This one: no quotient of 0, a prior a lane and two ground truths at a time, the largest priors first, a third less
-//    code: 9, 22, 5. Measured: 13.7, 36.6, -.
+//    code: 9, 22, 5. Measured: 13.7, 36.6, -. Crowds of hundreds of ground truths that want the same priors are joined
+//    one after another: predicted 10 for each, where each round of claims took a search for each that lost it.
 //
 // What binds it: at B = 32 instructions, 300 for the 32 priors of a warp and 54 for each ground truth near them, and
 // the fullest image; at B = 1 a chain of latencies, in clocks: priors and offsets 1,700, seven ground truths 3,900,
@@ -30,6 +31,7 @@ constexpr int kWarps = kThreads / gpu::kWarp;
 constexpr int kTile = kThreads;  // priors of a block, one a lane
 constexpr int kGtTile = 64;      // ground truths in shared memory at a time
 constexpr int kAtOnce = 2;       // ground truths that a warp compares at a time, to hide latency
+constexpr int kRounds = 16;      // of claims, before the ground truths of a crowd are joined one after another
 constexpr int32_t kFree = -1;    // the owner of a prior that no ground truth has claimed
 
 // A prior and its IoU with a ground truth; iou < 0: none. Aligned to be read and written in one access, and without
@@ -54,6 +56,18 @@ __device__ __forceinline__ Best<C> best_of_lanes(Best<C> best) {
     best =
         better_of(best, {__shfl_xor_sync(gpu::kFullMask, best.iou, d), __shfl_xor_sync(gpu::kFullMask, best.prior, d)});
   }
+  return best;
+}
+
+// The best of a block's threads, in all of them, which call this together. `of_warps` is shared memory.
+template <class C>
+__device__ __forceinline__ Best<C> best_of_block(Best<C> best, Best<C>* of_warps) {
+  best = best_of_lanes<gpu::kWarp>(best);
+  __syncthreads();  // the last call's are read
+  if (threadIdx.x % gpu::kWarp == 0) of_warps[threadIdx.x / gpu::kWarp] = best;
+  __syncthreads();
+#pragma unroll 1
+  for (int w = 0; w < kWarps; ++w) best = better_of(best, of_warps[w]);
   return best;
 }
 
@@ -239,12 +253,17 @@ __device__ __forceinline__ bool takes(Force force, C iou, int32_t j, C owner_iou
 template <class C>
 struct Claims {
   Force force;
-  int32_t count;             // ground truths of the image
-  int64_t gts;               // and of all images
-  unsigned tiles;            // of the image's priors
-  const Best<C>* tile_best;  // [tiles, count], rows `gts` apart
-  Best<C>* wanted;           // [count]
-  int32_t* owner;            // [P]
+  C min_iou;           // pairs are joined above
+  int32_t count;       // ground truths of the image
+  int64_t gts;         // and of all images
+  unsigned tiles;      // of the image's priors
+  Best<C>* tile_best;  // [tiles, count], rows `gts` apart
+  Best<C>* wanted;     // [count]
+  int32_t* owner;      // [P]
+
+  __device__ __forceinline__ Best<C> if_joinable(const Best<C>& best) const {
+    return best.iou > min_iou ? best : Best<C>{C(-1), 0};
+  }
 
   // Each ground truth wants its best prior, that of its best tile.
   __device__ __forceinline__ void want_best() const {
@@ -267,7 +286,7 @@ struct Claims {
         }
       }
       best = best_of_lanes<kParts>(best);
-      if (j < count && part == 0) wanted[j] = best;
+      if (j < count && part == 0) wanted[j] = if_joinable(best);
     }
   }
 
@@ -337,7 +356,79 @@ struct Claims {
         }
       }
     }
-    return best_of_lanes<gpu::kWarp>(found);
+    return if_joinable(best_of_lanes<gpu::kWarp>(found));
+  }
+
+  // The best prior for a box that nobody owns, for a block to call.
+  template <class T>
+  __device__ __forceinline__ Best<C> best_free_prior(const Box<C>& box, const T* __restrict__ priors,
+                                                     int32_t num_priors, Best<C>* of_warps) const {
+    Best<C> best{C(-1), 0};
+    if (is_valid(box)) {
+#pragma unroll 1
+      for (int32_t p = threadIdx.x; p < num_priors; p += kThreads) {
+        if (gpu::load_written(&owner[p]) != kFree) continue;
+        const C value = iou(box, to_corners(gpu::load_center_box(priors, p)));
+        if (value > best.iou) best = {value, p};
+      }
+    }
+    return best_of_block(best, of_warps);
+  }
+
+  // The best ground truth without a prior for a prior, for a block to call.
+  template <class T>
+  __device__ __forceinline__ int32_t best_ground_truth(const Box<C>& prior, const T* __restrict__ gt_boxes,
+                                                       Best<C>* of_warps) const {
+    Best<C> best{C(-1), 0};
+#pragma unroll 1
+    for (int32_t j = threadIdx.x; j < count; j += kThreads) {
+      const Box<C> box = gpu::load_box(gt_boxes, j);
+      if (wanted[j].iou >= C(0) || !is_valid(box)) continue;
+      const C value = iou(box, prior);
+      if (value > best.iou) best = {value, j};
+    }
+    return int32_t(best_of_block(best, of_warps).prior);
+  }
+
+  // Joins all of them anew, for a block to call, as the CPU does (see Bipartite in matching.simd.h): by a chain of
+  // ground truths, each named by the prior that the one before it wants, until the last one and its prior name each
+  // other. For each ground truth the block searches all priors at most twice, and all ground truths at most twice.
+  template <class T>
+  __device__ __forceinline__ void join_chains(const T* __restrict__ gt_boxes, const T* __restrict__ priors,
+                                              int32_t num_priors, Best<C>* of_warps) const {
+    Best<C>* const chain = tile_best;  // which nobody needs any more
+#pragma unroll 1
+    for (int32_t p = threadIdx.x; p < num_priors; p += kThreads) owner[p] = kFree;
+#pragma unroll 1
+    for (int32_t j = threadIdx.x; j < count; j += kThreads) wanted[j] = {C(-1), 0};
+    __syncthreads();  // nobody owns or wants a prior
+#pragma unroll 1
+    for (int32_t first = 0; first < count; ++first) {
+      int32_t length = 0, j = first, named_by = kFree;
+      while (wanted[j].iou < C(0)) {
+        const Best<C> best = best_free_prior(gpu::load_box(gt_boxes, j), priors, num_priors, of_warps);
+        const bool is_some = best.iou > min_iou;
+        const int32_t winner =
+            !is_some || best.prior == named_by
+                ? j
+                : best_ground_truth(to_corners(gpu::load_center_box(priors, best.prior)), gt_boxes, of_warps);
+        if (winner != j) {
+          if (threadIdx.x == 0) chain[length] = {C(0), j};
+          ++length;
+          named_by = best.prior;
+          j = winner;
+          continue;
+        }
+        if (is_some && threadIdx.x == 0) {
+          wanted[j] = best;
+          owner[best.prior] = j;
+        }
+        __syncthreads();  // they are joined, and the chain is written
+        if (length == 0) break;
+        j = gpu::load_written(&chain[--length]).prior;
+        named_by = kFree;
+      }
+    }
   }
 };
 
@@ -349,7 +440,8 @@ struct Claims {
 // Under `bipartite`, ground truths that lose the prior they want claim the next best that they can take,
 // all of them at once, until nobody loses. Pairs are ranked in one order (IoU, prior, ground truth) that
 // both sides follow, so this deferred acceptance (Gale and Shapley, 1962) ends in its one stable outcome:
-// what joining the best pair of all, then the best of the rest, and so on would give.
+// what joining the best pair of all, then the best of the rest, and so on would give. In a crowd of ground truths that
+// want the same priors all but one lose each time: after kRounds rounds they are joined by chains instead.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 6)
     match_kernel(const T* __restrict__ gt_boxes,         // [G, 4]
@@ -359,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 6)
                  Outputs out, Sizes sizes, Rule rule, Workspace<gpu::Compute<T>> work) {
   using C = gpu::Compute<T>;
   __shared__ GtTile<C> gts;
-  __shared__ Best<C> best_of_warps[kWarps][kGtTile];
+  __shared__ Best<C> best_of_warps[kWarps][kGtTile], chain_bests[kWarps];
   const bool forced = rule.force != Force::none;
   const int tid = threadIdx.x, lane = tid % gpu::kWarp, warp = tid / gpu::kWarp;
   // The last tiles come first: detectors end with their largest priors, which meet the most ground truths.
@@ -411,6 +503,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 6)
   if (!gpu::is_last_block(&work.tickets[b], tiles)) return;
   constexpr int kShared = kWarps * kGtTile;
   const Claims<C> claims{rule.force,
+                         C(rule.min_force_iou),
                          rows.count,
                          sizes.gts,
                          tiles,
@@ -419,7 +512,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 6)
                          work.owner + first_row};
   claims.want_best();
   __syncthreads();  // a claim reads what its rivals want
-  for (;;) {
+  for (int round = 1;; ++round) {
     claims.claim();
     __syncthreads();  // all claims are settled
     if (rule.force == Force::last) break;
@@ -427,6 +520,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 6)
 #pragma unroll 1
     for (int32_t j = tid; j < rows.count; j += kThreads) lost |= claims.lost(j);
     if (!__syncthreads_or(lost)) break;
+    if (round == kRounds) {
+      claims.join_chains(gt_boxes + 4 * rows.begin, priors, int32_t(sizes.priors), chain_bests);
+      break;
+    }
     for (int32_t j = warp; j < rows.count; j += kWarps) {
       if (!claims.lost(j)) continue;  // the same for the whole warp
       const Best<C> next = claims.next_best(j, gpu::load_box(gt_boxes, rows.begin + j), priors, int32_t(sizes.priors));

@@ -6,8 +6,8 @@
 //   matches[b, p] = j >= 0: prior p of image b is matched with the image's j-th ground truth;
 //   kBackground: its best IoU is below the low threshold; kIgnore: between the two thresholds.
 // A prior takes the ground truth of highest IoU (the lowest index among equals). Then, by Force, each
-// ground truth claims a prior for itself, whatever the IoU. A ground truth that is_valid() refuses
-// takes no part.
+// ground truth claims a prior for itself, where their IoU is above a minimum. A ground truth that
+// is_valid() refuses takes no part.
 #include <cstddef>
 #include <cstdint>
 
@@ -29,7 +29,8 @@ struct Rule {
   double iou_threshold;  // positive at >=
   double low_threshold;  // ignored from here up to iou_threshold; equal to it: nothing is ignored
   Force force;
-  double center, size;  // variances of the encoding
+  double min_force_iou;  // claims are made above; -1: at any IoU
+  double center, size;   // variances of the encoding
 };
 
 struct Sizes {

@@ -6,43 +6,77 @@
 template <class T>
 constexpr int64_t kBlock = 4 * kLanes<T>;
 
-// Priors as columns of corners, and the bounding box of each block.
+// Boxes as columns, and what those of a block have in common.
 template <class T>
-struct PriorBlocks {
-  BoxColumns<T> corners;
-  std::vector<Box<T>> bounds;
+struct Blocks {
+  BoxColumns<T> boxes, hulls;
+  std::vector<T> least_area, greatest_area;
 
-  PriorBlocks(const T* priors, int64_t n) : corners(n), bounds((n + kBlock<T> - 1) / kBlock<T>) {
+  explicit Blocks(BoxColumns<T> columns)
+      : boxes(std::move(columns)),
+        hulls((boxes.size + kBlock<T> - 1) / kBlock<T>),
+        least_area(hulls.size),
+        greatest_area(hulls.size) {
     using V = Vec<T>;
     const V inf = splat<V>(std::numeric_limits<T>::infinity());
-    T last[4 * kBlock<T>] = {};  // the rows of an unfinished block, then zeros
-    for (size_t b = 0; b < bounds.size(); ++b) {
-      const int64_t p0 = b * kBlock<T>;
-      const T* rows = priors + 4 * p0;
-      if (n - p0 < kBlock<T>) {
-        memcpy(last, rows, 4 * (n - p0) * sizeof(T));
-        rows = last;
+    for (int64_t block = 0; block < hulls.size; ++block) {
+      Box<V> hull{inf, inf, -inf, -inf};
+      V least = inf, greatest = -inf;
+      for (int64_t i = block * kBlock<T>; i < (block + 1) * kBlock<T>; i += kLanes<T>) {
+        // A NaN leaves all of them alone: such a box has IoU 0 with everything.
+        const Box<V> some = load_boxes(boxes, i);
+        const V areas = load<T>(boxes.areas + i);
+        hull = {min_of(some.x1, hull.x1), min_of(some.y1, hull.y1), max_of(some.x2, hull.x2), max_of(some.y2, hull.y2)};
+        least = min_of(areas, least);
+        greatest = max_of(areas, greatest);
       }
-      Box<V> box{inf, inf, -inf, -inf};
-      for (int64_t i = 0; i < kBlock<T>; i += kLanes<T>) {
-        const Box<V> some = to_corners(load_columns(rows + 4 * i));
-        store(corners.x1 + p0 + i, some.x1);
-        store(corners.y1 + p0 + i, some.y1);
-        store(corners.x2 + p0 + i, some.x2);
-        store(corners.y2 + p0 + i, some.y2);
-        store(corners.areas + p0 + i, area(some));
-        // A NaN corner leaves the bounds alone: its IoU is 0 with everything.
-        box = {min_of(some.x1, box.x1), min_of(some.y1, box.y1), max_of(some.x2, box.x2), max_of(some.y2, box.y2)};
-      }
-      Box<T> all{box.x1[0], box.y1[0], box.x2[0], box.y2[0]};
-      for (int i = 1; i < kLanes<T>; ++i) {
-        all = {min_of(box.x1[i], all.x1), min_of(box.y1[i], all.y1), max_of(box.x2[i], all.x2),
-               max_of(box.y2[i], all.y2)};
-      }
-      bounds[b] = all;
+      const auto fold = [](V v, const auto& f) {
+        T all = v[0];
+        for (int i = 1; i < kLanes<T>; ++i) all = f(v[i], all);
+        return all;
+      };
+      const auto lower = [](T a, T b) { return min_of(a, b); };
+      const auto higher = [](T a, T b) { return max_of(a, b); };
+      hulls.set(block, {fold(hull.x1, lower), fold(hull.y1, lower), fold(hull.x2, higher), fold(hull.y2, higher)});
+      least_area[block] = fold(least, lower);
+      greatest_area[block] = fold(greatest, higher);
     }
   }
+
+  // Whether the IoU of each box of a block with one of this area is below a bound, as it is at most the quotient of
+  // both areas.
+  bool all_below(int64_t block, T area, T bound) const {
+    return bound * least_area[block] > area || bound * area > greatest_area[block];
+  }
 };
+
+template <class T>
+Blocks<T> blocks_of_priors(const T* priors, int64_t n) {  // [n, 4] centre and size
+  BoxColumns<T> corners(n);
+  for (int64_t p = 0; p < n; p += kLanes<T>) {
+    T rows[4 * kLanes<T>] = {};  // after the last prior, boxes at the origin without area
+    memcpy(rows, priors + 4 * p, 4 * sizeof(T) * (n - p < kLanes<T> ? n - p : kLanes<T>));
+    const Box<Vec<T>> some = to_corners(load_columns(rows));
+    store(corners.x1 + p, some.x1);
+    store(corners.y1 + p, some.y1);
+    store(corners.x2 + p, some.x2);
+    store(corners.y2 + p, some.y2);
+    store(corners.areas + p, area(some));
+  }
+  return Blocks<T>(std::move(corners));
+}
+
+// f(i) for each of the boxes that may meet one box, until it returns true.
+template <class T, class F>
+inline __attribute__((always_inline)) void for_near(const BoxColumns<T>& boxes, const Box<Vec<T>>& one, const F& f) {
+  for (int64_t i = 0; i < boxes.size; i += kLanes<T>) {
+    unsigned near = mask_bits(may_meet(load_boxes(boxes, i), one));
+    if (boxes.size - i < kLanes<T>) near &= (1u << (boxes.size - i)) - 1;
+    for (; near; near &= near - 1) {
+      if (f(i + __builtin_ctz(near))) return;
+    }
+  }
+}
 
 // The ground truth of one image. Rows that is_valid() refuses become NaN and overlap nothing.
 template <class T>
@@ -65,19 +99,19 @@ struct GroundTruth {
   bool valid(int64_t j) const { return columns.areas[j] == columns.areas[j]; }
 };
 
-// The best prior of a ground truth so far.
+// The best prior of a ground truth, or the other way round.
 template <class T>
-struct BestPrior {
+struct Best {
   T iou;
-  int64_t prior;  // -1: none
+  int64_t index;  // -1: none
 };
 
 // The greatest value of all lanes, the lowest index among equals.
 template <class T>
-BestPrior<T> best_lane(Vec<T> iou, IntOf<Vec<T>> prior) {
-  BestPrior<T> best{iou[0], prior[0]};
+Best<T> best_lane(Vec<T> iou, IntOf<Vec<T>> index) {
+  Best<T> best{iou[0], index[0]};
   for (int i = 1; i < kLanes<T>; ++i) {
-    if (iou[i] > best.iou || (iou[i] == best.iou && prior[i] < best.prior)) best = {iou[i], prior[i]};
+    if (iou[i] > best.iou || (iou[i] == best.iou && index[i] < best.index)) best = {iou[i], index[i]};
   }
   return best;
 }
@@ -117,12 +151,12 @@ struct Writer {
 // Matches the priors of blocks begin .. end by threshold and writes them; best[j] becomes the j-th
 // ground truth's best prior among them.
 template <class T>
-void match_blocks(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer, int64_t begin,
-                  int64_t end, BestPrior<T>* best) {
+void match_blocks(const Blocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer, int64_t begin,
+                  int64_t end, Best<T>* best) {
   using V = Vec<T>;
   using I = IntOf<V>;
   constexpr int vectors = 4;
-  const int64_t num_priors = priors.corners.size, n = gt.size();
+  const int64_t num_priors = priors.boxes.size, n = gt.size();
   if (gt.first_valid < 0) {
     const int64_t last = end * kBlock<T> < num_priors ? end * kBlock<T> : num_priors;
     writer.background(begin * kBlock<T>, last - begin * kBlock<T>);
@@ -135,41 +169,36 @@ void match_blocks(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const 
 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t p0 = block * kBlock<T>;
-    const Box<V> bounds = broadcast(priors.bounds[block]);
+    const Box<V> hull = broadcast(priors.hulls.at(block));
     V best_iou[vectors];
     I best_gt[vectors];
     for (int v = 0; v < vectors; ++v) {
       best_iou[v] = zero;
       best_gt[v] = splat<I>(IntOf<T>(gt.first_valid));
     }
-    for (int64_t j0 = 0; j0 < n; j0 += kLanes<T>) {
-      const Box<V> some = load_boxes(gt.columns, j0);
-      unsigned near = mask_bits(may_meet(some, bounds));
-      if (n - j0 < kLanes<T>) near &= (1u << (n - j0)) - 1;
-      for (; near; near &= near - 1) {
-        const int64_t j = j0 + __builtin_ctz(near);
-        const Box<V> box = broadcast(Box<T>{gt.columns.x1[j], gt.columns.y1[j], gt.columns.x2[j], gt.columns.y2[j]});
-        const V gt_area = splat<V>(gt.columns.areas[j]);
-        V top_iou = load<T>(&lane_iou[j * kLanes<T>]);
-        I top_prior;
-        memcpy(&top_prior, &lane_prior[j * kLanes<T>], sizeof top_prior);
-        const I lane = iota<IntOf<T>>();
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t p = p0 + v * kLanes<T>;
-          const V inter = intersection(box, load_boxes(priors.corners, p));
-          if (!greater_bits(inter, zero)) continue;
-          const V value = iou_from(inter, gt_area, load<T>(priors.corners.areas + p));
-          const auto better = value > best_iou[v];
-          best_iou[v] = better ? value : best_iou[v];
-          best_gt[v] = better ? splat<I>(IntOf<T>(j)) : best_gt[v];
-          const auto top = value > top_iou;
-          top_iou = top ? value : top_iou;
-          top_prior = top ? lane + IntOf<T>(p) : top_prior;
-        }
-        store(&lane_iou[j * kLanes<T>], top_iou);
-        memcpy(&lane_prior[j * kLanes<T>], &top_prior, sizeof top_prior);
+    for_near(gt.columns, hull, [&](int64_t j) {
+      const Box<V> box = broadcast(Box<T>{gt.columns.x1[j], gt.columns.y1[j], gt.columns.x2[j], gt.columns.y2[j]});
+      const V gt_area = splat<V>(gt.columns.areas[j]);
+      V top_iou = load<T>(&lane_iou[j * kLanes<T>]);
+      I top_prior;
+      memcpy(&top_prior, &lane_prior[j * kLanes<T>], sizeof top_prior);
+      const I lane = iota<IntOf<T>>();
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t p = p0 + v * kLanes<T>;
+        const V inter = intersection(box, load_boxes(priors.boxes, p));
+        if (!greater_bits(inter, zero)) continue;
+        const V value = iou_from(inter, gt_area, load<T>(priors.boxes.areas + p));
+        const auto better = value > best_iou[v];
+        best_iou[v] = better ? value : best_iou[v];
+        best_gt[v] = better ? splat<I>(IntOf<T>(j)) : best_gt[v];
+        const auto top = value > top_iou;
+        top_iou = top ? value : top_iou;
+        top_prior = top ? lane + IntOf<T>(p) : top_prior;
       }
-    }
+      store(&lane_iou[j * kLanes<T>], top_iou);
+      memcpy(&lane_prior[j * kLanes<T>], &top_prior, sizeof top_prior);
+      return false;
+    });
     const int64_t left = num_priors - p0 < kBlock<T> ? num_priors - p0 : kBlock<T>;
     writer.background(p0, left);
     for (int v = 0; v < vectors && v * kLanes<T> < left; ++v) {
@@ -190,90 +219,236 @@ void match_blocks(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const 
   for (int64_t j = 0; j < n; ++j) {
     IntOf<V> lane_index;
     memcpy(&lane_index, &lane_prior[j * kLanes<T>], sizeof lane_index);
-    best[j] = gt.valid(j) ? best_lane<T>(load<T>(&lane_iou[j * kLanes<T>]), lane_index) : BestPrior<T>{T(-1), -1};
+    best[j] = gt.valid(j) ? best_lane<T>(load<T>(&lane_iou[j * kLanes<T>]), lane_index) : Best<T>{T(-1), -1};
   }
 }
 
-// The best prior that nobody has claimed; taken[p] != 0 marks the claimed ones.
+// A search for the highest IoU, vector by vector; the lowest index wins among equals.
 template <class T>
-BestPrior<T> best_free_prior(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, int64_t j,
-                             const std::vector<T>& taken) {
+class Search {
+ public:
+  // Nothing below an IoU of `at_least` is looked for.
+  explicit Search(T at_least) { set(below(at_least), std::numeric_limits<IntOf<T>>::max()); }
+
+  // Offers a vector of boxes whose intersection with the one sought for is `inter`. If any overlaps, areas() gives the
+  // sum of its area and theirs, index() their indices. Most are refused by a product instead of a quotient.
+  template <class Areas, class Index>
+  inline __attribute__((always_inline)) void offer(Vec<T> inter, const Areas& areas, const Index& index) {
+    using V = Vec<T>;
+    if (!greater_bits(inter, V{})) return;
+    const V sum = areas();
+    if (!(greater_bits(inter, V{}) & ~greater_bits(bound_ * (sum - inter), inter))) return;
+    const V iou = iou_from(inter, sum, V{});
+    const auto place = index();
+    const V best = splat<V>(best_.iou);
+    unsigned better = mask_bits((iou > best) | ((iou == best) & (place < splat<IntOf<V>>(IntOf<T>(best_.index)))));
+    for (; better; better &= better - 1) {
+      const int i = __builtin_ctz(better);
+      if (iou[i] > best_.iou || (iou[i] == best_.iou && place[i] < best_.index)) set(iou[i], place[i]);
+    }
+  }
+
+  const Best<T>& found() const { return best_; }
+  T bound() const { return bound_[0]; }  // below it nothing wins any more
+
+ private:
+  // Below every IoU that ties with this one, though a product with it may be rounded.
+  static T below(T iou) { return max_of(iou * T(1 - 1e-6) - T(1e-30), T(0)); }
+
+  void set(T iou, IntOf<T> index) {
+    best_ = {iou, index};
+    bound_ = splat<Vec<T>>(below(iou));
+  }
+
+  Best<T> best_;
+  Vec<T> bound_;
+};
+
+// The box of highest IoU with one box. Some have an IoU of `at_least`, and none has more than `at_most`. free(i, inter)
+// sets the intersections to 0 of those among boxes i, i + 1, ... that cannot be chosen; index(i) are their indices.
+template <class T, class Free, class Index>
+Best<T> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, T at_most, const Free& free,
+                const Index& index) {
   using V = Vec<T>;
-  using I = IntOf<V>;
-  const Box<V> box = broadcast(Box<T>{gt.columns.x1[j], gt.columns.y1[j], gt.columns.x2[j], gt.columns.y2[j]});
-  const V gt_area = splat<V>(gt.columns.areas[j]), none = splat<V>(-1);
-  V best = none;
-  I prior = I{} - 1;
-  for (int64_t p = 0; p < priors.corners.padded; p += kLanes<T>) {
-    const V value =
-        iou_from(intersection(box, load_boxes(priors.corners, p)), gt_area, load<T>(priors.corners.areas + p));
-    const V open = load<T>(&taken[p]) == splat<V>(0) ? value : none;
-    const auto better = open > best;
-    best = better ? open : best;
-    prior = better ? iota<IntOf<T>>() + IntOf<T>(p) : prior;
-  }
-  // Lanes that found nothing hold -1, which must not win as the lowest index.
-  prior = best < splat<V>(0) ? I{} + std::numeric_limits<IntOf<T>>::max() : prior;
-  const BestPrior<T> found = best_lane<T>(best, prior);
-  return found.iou < T(0) ? BestPrior<T>{T(-1), -1} : found;
+  const Box<V> box = broadcast(one);
+  const T box_area = area(one);
+  Search<T> search(at_least);
+  for_near(blocks.hulls, box, [&](int64_t block) {
+    if (blocks.all_below(block, box_area, search.bound())) return false;
+    for (int64_t i = block * kBlock<T>; i < (block + 1) * kBlock<T>; i += kLanes<T>) {
+      search.offer(
+          free(i, intersection(box, load_boxes(blocks.boxes, i))),
+          [&] { return load<T>(blocks.boxes.areas + i) + splat<V>(box_area); }, [&] { return index(i); });
+    }
+    return search.found().iou == at_most;
+  });
+  return search.found();
 }
 
-// Joins the best remaining pair until ground truths or priors run out. best[] is used up.
+// The ground truths that have no prior yet, packed into blocks of neighbours (sort-tile-recursive, Leutenegger et al.,
+// 1997), so that a prior is compared only with those around it.
 template <class T>
-void settle_bipartite(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer,
-                      BestPrior<T>* best) {
-  const int64_t n = gt.size();
-  std::vector<T> taken(priors.corners.padded, T(0));
-  for (int64_t p = priors.corners.size; p < priors.corners.padded; ++p) taken[p] = T(1);
-  for (;;) {
-    int64_t winner = -1;
-    for (int64_t j = 0; j < n; ++j) {
-      if (best[j].prior < 0) continue;
-      if (winner < 0 || best[j].iou > best[winner].iou ||
-          (best[j].iou == best[winner].iou && best[j].prior < best[winner].prior)) {
-        winner = j;
-      }
+class FreeGroundTruths {
+ public:
+  FreeGroundTruths(const GroundTruth<T>& gt, std::vector<IntOf<T>> free)
+      : index_(std::move(free)), place_(gt.size()), blocks_(pack(gt.columns, index_)) {
+    for (size_t i = 0; i < index_.size(); ++i) place_[index_[i]] = int64_t(i);
+    index_.resize(blocks_.boxes.padded);
+  }
+
+  void remove(int64_t j) {
+    constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+    blocks_.boxes.set(place_[j], {nan, nan, nan, nan});
+  }
+
+  // The one that overlaps a prior most.
+  Best<T> best_for(const Box<T>& prior, T at_least) const {
+    using V = Vec<T>;
+    return best_of(
+        blocks_, prior, at_least, std::numeric_limits<T>::infinity(), [](int64_t, V inter) { return inter; },
+        [&](int64_t i) {
+          IntOf<V> index;
+          memcpy(&index, &index_[i], sizeof index);
+          return index;
+        });
+  }
+
+ private:
+  // Strips of like height, and each of them from left to right.
+  static Blocks<T> pack(const BoxColumns<T>& boxes, std::vector<IntOf<T>>& order) {
+    const auto by = [](const T* low, const T* high) {
+      return [=](IntOf<T> a, IntOf<T> b) { return low[a] + high[a] < low[b] + high[b]; };
+    };
+    std::sort(order.begin(), order.end(), by(boxes.y1, boxes.y2));
+    const int64_t n = int64_t(order.size());
+    const int64_t strip = kBlock<T> * int64_t(std::ceil(std::sqrt(double(n) / kBlock<T>)));
+    for (int64_t i = 0; i < n; i += strip) {
+      std::sort(order.begin() + i, order.begin() + std::min(i + strip, n), by(boxes.x1, boxes.x2));
     }
-    if (winner < 0) return;
-    const int64_t p = best[winner].prior;
-    writer.matched(p, winner);
-    taken[p] = T(1);
-    best[winner].prior = -1;
-    // Ground truths that wanted this prior look for another. Equal boxes find the same one, so a
-    // thousand copies of a box cost one search a round, not a thousand.
-    int64_t searched = -1;
-    for (int64_t j = 0; j < n; ++j) {
-      if (best[j].prior != p) continue;
-      if (searched < 0 || memcmp(gt.rows + 4 * j, gt.rows + 4 * searched, 4 * sizeof(T)) != 0) {
-        best[j] = best_free_prior(priors, gt, j, taken);
-        searched = j;
-      } else {
-        best[j] = best[searched];
+    BoxColumns<T> packed(n);
+    for (int64_t i = 0; i < n; ++i) packed.set(i, boxes.at(order[i]));
+    return Blocks<T>(std::move(packed));
+  }
+
+  std::vector<IntOf<T>> index_;  // of a place among the ground truths of the image
+  std::vector<int64_t> place_;   // the inverse
+  Blocks<T> blocks_;
+};
+
+// Joins what joining the best pair of all, then the best of what is left, and so on would join.
+//
+// Those are the pairs in which each is the best free one of the other, in whatever order they are found. A chain finds
+// them: a ground truth, the best prior for it, the best ground truth for that, and so on, to ever better pairs. Once
+// two have named each other they are joined, and the chain goes on from what is left of it (the nearest-neighbour
+// chain; Preis, 1999, for matchings). Each step adds a ground truth to the chain or removes one for good: there are at
+// most two searches of either kind for each.
+template <class T>
+class Bipartite {
+ public:
+  Bipartite(const Blocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer)
+      : priors_(priors),
+        gt_(gt),
+        writer_(writer),
+        overlap_(std::max(T(writer.rule.min_force_iou), T(0))),
+        taken_(priors.boxes.padded, T(0)),
+        joined_(gt.size()) {}
+
+  // best[j] is the best prior of ground truth j.
+  void join(Best<T>* best) {
+    std::vector<IntOf<T>> free;  // ground truths that overlap a prior
+    bool shared = false;         // two of them want one
+    for (int64_t j = 0; j < gt_.size(); ++j) {
+      if (!(best[j].iou > overlap_)) continue;
+      free.push_back(IntOf<T>(j));
+      shared |= taken_[best[j].index] != T(0);
+      taken_[best[j].index] = T(1);
+    }
+    if (shared) {
+      std::fill(taken_.begin(), taken_.end(), T(0));
+      join_chains(free, best);
+    } else {
+      for (const IntOf<T> j : free) claim(best[j].index, j);
+    }
+    if (writer_.rule.min_force_iou < 0) join_without_overlap();
+  }
+
+ private:
+  // A ground truth and the prior that named it; prior -1: the chain begins here.
+  struct Link {
+    T iou;
+    int64_t prior, gt;
+  };
+
+  void join_chains(const std::vector<IntOf<T>>& free, Best<T>* best) {
+    FreeGroundTruths<T> gts(gt_, free);
+    std::vector<Link> chain;
+    for (const IntOf<T> first : free) {
+      if (!joined_[first] && best[first].iou > overlap_) chain.push_back({overlap_, -1, first});
+      while (!chain.empty()) {
+        const Link link = chain.back();
+        Best<T>& wanted = best[link.gt];
+        if (taken_[wanted.index] != T(0)) wanted = best_free_prior(link.gt, link.iou, wanted.iou);
+        if (!(wanted.iou > overlap_)) {  // none is left
+          chain.pop_back();
+          continue;
+        }
+        const Best<T> named = wanted.index == link.prior ? Best<T>{link.iou, link.gt}
+                                                         : gts.best_for(priors_.boxes.at(wanted.index), wanted.iou);
+        if (named.index == link.gt) {
+          claim(wanted.index, link.gt);
+          gts.remove(link.gt);
+          chain.pop_back();
+        } else {
+          chain.push_back({named.iou, wanted.index, named.index});
+        }
       }
     }
   }
-}
 
-// Claims by force, over what match_blocks has written.
+  // At IoU 0 all pairs are equal, and the order of indices decides.
+  void join_without_overlap() {
+    int64_t p = 0;
+    for (int64_t j = 0; j < gt_.size(); ++j) {
+      if (joined_[j] || !gt_.valid(j)) continue;
+      while (p < priors_.boxes.size && taken_[p] != T(0)) ++p;
+      if (p == priors_.boxes.size) return;
+      claim(p, j);
+    }
+  }
+
+  void claim(int64_t p, int64_t j) {
+    writer_.matched(p, j);
+    taken_[p] = T(1);
+    joined_[j] = 1;
+  }
+
+  // The free prior that overlaps ground truth j most.
+  Best<T> best_free_prior(int64_t j, T at_least, T at_most) const {
+    using V = Vec<T>;
+    return best_of(
+        priors_, gt_.columns.at(j), at_least, at_most,
+        [&](int64_t p, V inter) { return load<T>(&taken_[p]) == V{} ? inter : V{}; },
+        [](int64_t p) { return iota<IntOf<T>>() + IntOf<T>(p); });
+  }
+
+  const Blocks<T>& priors_;
+  const GroundTruth<T>& gt_;
+  const Writer<T>& writer_;
+  const T overlap_;              // pairs are joined above this IoU
+  std::vector<T> taken_;         // of each prior, 0 or 1
+  std::vector<uint8_t> joined_;  // of each ground truth
+};
+
+// Claims by force, over what match_blocks has written. best[] is used up.
 template <class T>
-void settle(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer, BestPrior<T>* best) {
-  if (gt.first_valid < 0 || writer.rule.force == matching::Force::none) return;
-  const int64_t n = gt.size();
-  bool shared = false;  // two ground truths want one prior
+void settle(const Blocks<T>& priors, const GroundTruth<T>& gt, const Writer<T>& writer, Best<T>* best) {
+  if (gt.first_valid < 0) return;
   if (writer.rule.force == matching::Force::bipartite) {
-    std::vector<int64_t> wanted;
-    for (int64_t j = 0; j < n; ++j) {
-      if (best[j].prior >= 0) wanted.push_back(best[j].prior);
+    Bipartite<T>(priors, gt, writer).join(best);
+  } else if (writer.rule.force == matching::Force::last) {
+    for (int64_t j = 0; j < gt.size(); ++j) {
+      if (gt.valid(j) && best[j].iou > T(writer.rule.min_force_iou)) writer.matched(best[j].index, j);
     }
-    std::sort(wanted.begin(), wanted.end());
-    shared = std::adjacent_find(wanted.begin(), wanted.end()) != wanted.end();
-  }
-  if (shared) {
-    settle_bipartite(priors, gt, writer, best);
-    return;
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    if (best[j].prior >= 0) writer.matched(best[j].prior, j);
   }
 }
 
@@ -282,8 +457,8 @@ void settle(const PriorBlocks<T>& priors, const GroundTruth<T>& gt, const Writer
 template <class T>
 void match_all(const T* gt_boxes, const int64_t* gt_labels, const int64_t* offsets, const T* prior_rows,
                const matching::Sizes& sizes, const matching::Rule& rule, const matching::Outputs& out) {
-  const PriorBlocks<T> priors(prior_rows, sizes.priors);
-  const int64_t blocks = int64_t(priors.bounds.size()), threads = torch::stable::get_num_threads();
+  const Blocks<T> priors = blocks_of_priors(prior_rows, sizes.priors);
+  const int64_t blocks = priors.hulls.size, threads = torch::stable::get_num_threads();
   const auto image = [&](int64_t b, auto&& f) {
     const GroundTruth<T> gt(gt_boxes + 4 * offsets[b], gt_labels ? gt_labels + offsets[b] : nullptr,
                             offsets[b + 1] - offsets[b]);
@@ -294,7 +469,7 @@ void match_all(const T* gt_boxes, const int64_t* gt_labels, const int64_t* offse
   };
   if (sizes.images >= threads || blocks < 2 * threads) {
     parallel_for(sizes.images, 1, [&](int64_t begin, int64_t end) {
-      std::vector<BestPrior<T>> best;
+      std::vector<Best<T>> best;
       for (int64_t b = begin; b < end; ++b) {
         image(b, [&](const GroundTruth<T>& gt, const Writer<T>& writer) {
           best.resize(gt.size());
@@ -308,7 +483,7 @@ void match_all(const T* gt_boxes, const int64_t* gt_labels, const int64_t* offse
   for (int64_t b = 0; b < sizes.images; ++b) {
     image(b, [&](const GroundTruth<T>& gt, const Writer<T>& writer) {
       const int64_t n = gt.size();
-      std::vector<BestPrior<T>> best(threads * n, BestPrior<T>{T(-1), -1});
+      std::vector<Best<T>> best(threads * n, Best<T>{T(-1), -1});
       parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
           match_blocks(priors, gt, writer, blocks * t / threads, blocks * (t + 1) / threads, best.data() + t * n);

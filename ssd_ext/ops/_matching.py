@@ -18,12 +18,13 @@ def match(
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
     force: str = "bipartite",
+    min_force_iou: float | None = 0.0,
     validate: bool = False,
 ) -> Tensor:
     """Match every prior of every image with a ground-truth box, or with none.
 
     A prior takes the ground truth of highest IoU (ties: the lowest index) where that IoU is at least
-    ``iou_threshold``. Then ground truths claim priors by ``force``, whatever the IoU.
+    ``iou_threshold``. Then ground truths claim priors by ``force``, where their IoU is above ``min_force_iou``.
 
     Args:
         ground_truth: the objects of ``B`` images, see :class:`ssd_ext.GroundTruth`; or a list with a dict
@@ -34,9 +35,12 @@ def match(
         iou_threshold: in 0..1; a prior is matched from this IoU on (``>=``).
         low_threshold: if given, priors whose best IoU is from here up to ``iou_threshold`` are ignored.
         force: ``"bipartite"``: the pair of highest IoU is joined first, then the best of the ground
-            truths and priors left, so every ground truth gets a prior while priors last (ties: the
+            truths and priors left, so every ground truth gets a prior while priors that overlap it last (ties: the
             lowest prior, then the lowest ground truth). ``"last"``: each ground truth claims its best
             prior (ties: the lowest); of several that claim one prior the last has it. ``"none"``.
+        min_force_iou: in 0..1; ``force`` joins a ground truth and a prior only where their IoU is above (``>``), by
+            default only where they overlap. ``None``: whatever the IoU, so that an object outside of all
+            priors gets one too, as in torchvision.
         validate: raise for a ground truth that cannot be matched or whose label is below 1 and not -1, and
             warn of priors that look like corners. This synchronises with the GPU.
 
@@ -45,17 +49,20 @@ def match(
         ignored. A ground truth with a non-finite coordinate or without positive area is never matched.
 
     Raises:
-        ValueError: wrong shape, dtype or device; thresholds outside 0..1 or crossed; an unknown
-            ``force``; on the CPU, offsets that do not ascend from 0 to at most ``G`` (on a
+        ValueError: wrong shape, dtype or device; thresholds or ``min_force_iou`` outside 0..1, or thresholds crossed;
+            an unknown ``force``; on the CPU, offsets that do not ascend from 0 to at most ``G`` (on a
             GPU, which is not waited for, images from the first offset that is wrong on
             get no match); with ``validate``, a bad ground truth (names image, box and value).
 
     Source: ``"bipartite"``: Liu et al., SSD (2016), section 2.2 "Matching strategy" and its Caffe code;
-    ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``.
+    ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``; ``min_force_iou``: ``min_pos_iou`` of
+    mmdetection's ``MaxIoUAssigner``.
     """
     gt = _ground_truth(ground_truth, priors)
     low = iou_threshold if low_threshold is None else low_threshold
-    matches: Tensor = torch.ops.ssd_ext.match.default(gt.boxes, gt.offsets, priors, iou_threshold, low, _force(force))
+    matches: Tensor = torch.ops.ssd_ext.match.default(
+        gt.boxes, gt.offsets, priors, iou_threshold, low, _force(force), min_force_iou
+    )
     if validate:
         _validate(gt, priors)
     return matches
@@ -68,6 +75,7 @@ def assign_targets(
     iou_threshold: float = 0.5,
     low_threshold: float | None = None,
     force: str = "bipartite",
+    min_force_iou: float | None = 0.0,
     variances: tuple[float, float] = (0.1, 0.2),
     validate: bool = False,
     num_classes: int | None = None,
@@ -83,6 +91,7 @@ def assign_targets(
         iou_threshold: as for :func:`match`.
         low_threshold: as for :func:`match`.
         force: as for :func:`match`.
+        min_force_iou: as for :func:`match`.
         variances: of centre and size, as for :func:`encode`.
         validate: as for :func:`match`; also raise for a label that is not below ``num_classes``. Without it
             labels are copied as they are.
@@ -112,6 +121,7 @@ def assign_targets(
         iou_threshold,
         low,
         _force(force),
+        min_force_iou,
         list(variances),
     )
     if validate:
@@ -146,7 +156,13 @@ def _validate(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -
 
 @fake("match")
 def _(
-    gt_boxes: Tensor, offsets: Tensor, priors: Tensor, iou_threshold: float, low_threshold: float, force: int
+    gt_boxes: Tensor,
+    offsets: Tensor,
+    priors: Tensor,
+    iou_threshold: float,
+    low_threshold: float,
+    force: int,
+    min_force_iou: float | None,
 ) -> Tensor:
     return offsets.new_empty(offsets.shape[0] - 1, priors.shape[0])
 
@@ -160,6 +176,7 @@ def _(
     iou_threshold: float,
     low_threshold: float,
     force: int,
+    min_force_iou: float | None,
     variances: list[float],
 ) -> tuple[Tensor, Tensor]:
     labels = offsets.new_empty(offsets.shape[0] - 1, priors.shape[0])

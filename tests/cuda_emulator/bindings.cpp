@@ -13,6 +13,7 @@ void bind_emulator(pybind11::module_ m) {
   m.def("stop", &emulator::stop);
   m.def("kernels", &emulator::kernels);
   m.def("launches", &emulator::launches);
+  m.def("meetings", &emulator::meetings);
   m.def("fault_names", &emulator::fault_names);
   m.def("run_fault", &emulator::run_fault);
   m.def("set_mutant", [](int number) { emulator::mutant = number; });  // see mutate.py

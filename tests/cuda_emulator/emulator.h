@@ -30,6 +30,9 @@ std::vector<std::string> kernels();
 // What has been launched since start(), in order; "clear" for gpu::clear().
 std::vector<std::string> launches();
 
+// How many barriers and warp operations have been passed since start(): a count of steps, for tests of bounds.
+size_t meetings();
+
 // A byte for fresh memory, another one each time; 0 in a dry run, in which lengths are read that nobody has written.
 unsigned char garbage();
 

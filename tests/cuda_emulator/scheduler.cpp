@@ -89,6 +89,7 @@ bool on = false;
 unsigned seed = 0;
 bool dry;                           // a dry run
 std::vector<const void*> sequence;  // of launches since start()
+size_t met;                         // barriers and warp operations since start()
 
 // The launch in progress.
 void (*body)(void*);
@@ -231,6 +232,7 @@ bool release_block() {
     make_ready(t);
   }
   memory::block_barrier();
+  ++met;
   return true;
 }
 
@@ -277,6 +279,7 @@ void release_warp(Thread& last) {
     make_ready(t);
   }
   if (fold.op == Op::syncwarp && mask == ~0u) memory::warp_barrier(first / kWarp);
+  ++met;
 }
 
 uint64_t meet(State state, const Meeting& meeting) {
@@ -409,6 +412,7 @@ void start(unsigned with_seed, bool dry_run) {
   dry = dry_run;
   seed = with_seed;
   sequence.clear();
+  met = 0;
 }
 void stop() {
   on = false;
@@ -434,6 +438,8 @@ std::vector<std::string> launches() {
   for (const void* kernel : sequence) names.push_back(kernel ? symbols::name_of(kernel) : "clear");
   return names;
 }
+
+size_t meetings() { return met; }
 
 unsigned char garbage() {
   static unsigned char last = 0x5a;
