@@ -142,21 +142,54 @@ class GroundTruth(NamedTuple):
         return f"image {image}, box {row - int(bounds[image])}"
 
 
-def as_ground_truth(value: GroundTruth | Targets) -> GroundTruth:
+def as_ground_truth(value: GroundTruth | Targets, like: Tensor | None = None) -> GroundTruth:
     """A :class:`GroundTruth` as it is, or made of a list of dicts.
+
+    Under ``torch.compile`` a list is joined outside of the graph, which would otherwise be made anew for each pattern
+    of images with no object, one or more.
+
+    Args:
+        value: the ground truth.
+        like: of what device and dtype boxes are if there are none, as ``torch.tensor([])`` says nothing of them.
 
     Raises:
         ValueError: anything else, and as :meth:`GroundTruth.from_targets`.
     """
-    if isinstance(value, GroundTruth):
-        return value
-    if isinstance(value, list | tuple) and not any(isinstance(item, Tensor) for item in value):
-        return GroundTruth.from_targets(value)
-    held = f"a {type(value).__name__} of tensors" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-    raise ValueError(
-        "ground truth must be a GroundTruth or a list of dicts with boxes and labels, one for each image (of lists of "
-        f"tensors, GroundTruth.from_lists(boxes, labels) makes one), got {held}"
-    )
+    if not isinstance(value, GroundTruth):
+        if torch.compiler.is_dynamo_compiling():
+            joined: GroundTruth = _joined_outside_of_the_graph(value, like)
+            return joined
+        if not isinstance(value, list | tuple) or any(isinstance(item, Tensor) for item in value):
+            kind = f"a {type(value).__name__}"
+            raise ValueError(
+                "ground truth must be a GroundTruth or a list of dicts with boxes and labels, one for each image (of "
+                "lists of tensors, GroundTruth.from_lists(boxes, labels) makes one), got "
+                + (f"{kind} of tensors" if isinstance(value, list | tuple) else kind)
+            )
+        value = GroundTruth.from_targets(value)
+    if like is not None and _has_no_rows(value.boxes) and value.boxes.shape == (0, 4):
+        return value.to(like.device)._replace(boxes=like.new_empty(0, 4))
+    return value
+
+
+def _has_no_rows(boxes: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return len(boxes) == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, which takes a second
+
+    return guard_or_false(boxes.shape[0] == 0)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="Ground truth in a list is joined outside of the graph. For fullgraph=True give an ssd_ext.GroundTruth, "
+    "which GroundTruth.from_targets(targets) makes of the list."
+)
+def _joined_outside_of_the_graph(targets: Targets, like: Tensor | None) -> GroundTruth:
+    boxes, labels, offsets = as_ground_truth(targets, like)
+    boxes, labels = boxes[:], labels[:]  # which may be the caller's tensors
+    for t in (boxes, labels):
+        torch._dynamo.decorators.mark_unbacked(t, 0)  # any number of objects, 0 and 1 too
+    return GroundTruth(boxes, labels, offsets)
 
 
 def are_valid(boxes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, distributed, nn
 
 from ssd_ext import ops
-from ssd_ext.ground_truth import GroundTruth, Targets
+from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
 from ssd_ext.ops._multibox_loss import check_normalize
 
 
@@ -99,7 +99,7 @@ class MultiBoxLoss(nn.Module):
             where = "to both" if given else "to neither"
             raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {where}")
         target_deltas, target_labels = ops.assign_targets(
-            ground_truth,
+            as_ground_truth(ground_truth, given[0]),
             given[0],
             validate=self.validate,
             num_classes=logits.shape[-1] if self.validate else None,

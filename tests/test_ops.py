@@ -13,6 +13,7 @@ from benchmarks.peers import MissingPeerError, peers_of
 from opinfo import OPS
 from opinfo.boxes import DECODE
 from opinfo.spec import EXACT, convert, map_tensors, tensors_in
+from ssd_ext import ops
 
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{case.name}", marks=[pytest.mark.slow] if case.benchmark else [])
@@ -223,6 +224,43 @@ def test_gradients_are_finite_differences(op, case, device, generator):
     first = torch.autograd.grad(sum(t.sum() for t in tensors_in(call(*leaves))), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         sum(t.sum() for t in first).backward()
+
+
+@pytest.mark.parametrize(("op", "case"), [c for c in EACH if c.values[0].differentiable])
+def test_transforms_of_torch_func(op, case, generator):
+    inputs = convert(case.make(generator), torch.float64)
+    leaves = tuple(inputs[name] for name in op.differentiable)
+
+    def total(*values):
+        return sum(
+            t.sum() for t in tensors_in(op.op(**{**inputs, **dict(zip(op.differentiable, values, strict=True))}))
+        )
+
+    gradient = torch.func.grad(total, argnums=tuple(range(len(leaves))))
+    expected = torch.autograd.functional.jacobian(total, leaves)
+    assert_same_bits(gradient(*leaves), expected)
+    assert_same_bits(torch.func.jacrev(total, argnums=tuple(range(len(leaves))))(*leaves), expected)
+    torch._dynamo.reset()
+    assert_same_bits(torch.compile(gradient, backend="aot_eager")(*leaves), expected)
+
+    stacked = [torch.stack([t, t * 0.75], -1) for t in leaves]
+    each = list(zip(*[t.unbind(-1) for t in stacked], strict=True))
+    assert_same_bits(torch.vmap(total, in_dims=-1)(*stacked), torch.stack([total(*one) for one in each]))
+    gradients = [torch.stack(g) for g in zip(*[gradient(*one) for one in each], strict=True)]
+    assert_same_bits(torch.vmap(gradient, in_dims=-1)(*stacked), gradients)
+
+    second = torch.func.jacrev(torch.func.jacrev(total))
+    if op.twice_differentiable:
+        assert torch.isfinite(second(*leaves)).all()
+    else:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            second(*leaves)
+
+
+def test_torch_func_is_told_why_there_is_no_gradient():
+    boxes = torch.rand(3, 4)
+    with pytest.raises(RuntimeError, match="ssd_ext::box_iou is not differentiable: use a loss"):
+        torch.func.grad(lambda b: ops.box_iou(b, boxes).sum())(boxes)
 
 
 @pytest.mark.parametrize(("op", "case"), EACH)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssd_ext.ground_truth import INTEGERS
-from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, differentiable, fake, refuse_gradient
 
 BBOX_XFORM_CLIP = math.log(1000 / 16)
 
@@ -28,7 +28,8 @@ def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0
         ``[..., P, 4]`` deltas ``(dx, dy, dw, dh)`` in the order of ``boxes``. A box without width
         or height gives ``-inf``, an inverted one NaN.
 
-    Differentiable in ``boxes`` in reverse mode, twice too; not by forward-mode AD (``torch.func.jvp``).
+    Differentiable in ``boxes`` in reverse mode, twice too, also by ``torch.func`` (``grad``, ``jacrev``, ``vmap``; they
+    run eagerly under ``torch.compile``); not by forward-mode AD (``torch.func.jvp``).
 
     Raises:
         ValueError: wrong shape, dtype or device, or a variance that is not positive.
@@ -61,8 +62,7 @@ def decode(
         ``[..., P, 4]`` corners ``(x1, y1, x2, y2)`` in the units and order of ``priors``, not
         clipped to the image. A NaN delta gives NaN corners.
 
-    Differentiable in ``deltas`` in reverse mode, twice too; a size that ``bbox_xform_clip`` bounds has no gradient.
-    Not by forward-mode AD (``torch.func.jvp``).
+    Differentiable in ``deltas`` as :func:`encode` is in boxes; a size that ``bbox_xform_clip`` bounds has no gradient.
 
     Raises:
         ValueError: wrong shape, dtype or device, a variance that is not positive, a NaN
@@ -155,8 +155,8 @@ def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.cat([center, torch.where(scaled > clip, 0, size)], -1).to(dtype), None, None, None
 
 
-torch.library.register_autograd("ssd_ext::encode", _encode_backward, setup_context=_keep_inputs)
-torch.library.register_autograd("ssd_ext::decode", _decode_backward, setup_context=_keep_inputs)
+differentiable("encode", _encode_backward, _keep_inputs)
+differentiable("decode", _decode_backward, _keep_inputs)
 refuse_gradient("box_iou", "use a loss made for training boxes, such as torchvision.ops.generalized_box_iou_loss")
 
 for _op in ("encode", "decode", "box_iou"):

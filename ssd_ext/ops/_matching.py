@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
-from ssd_ext.ops._library import autocast_to_float32, call, fake, no_gradient, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, define, fake, implement, no_gradient, refuse_gradient
 
 FORCE = {"none": 0, "last": 1, "bipartite": 2}
 
@@ -58,12 +58,14 @@ def match(
     ``"last"``: torchvision's ``SSDMatcher`` and amdegroot's ``ssd.pytorch``; ``min_force_iou``: ``min_pos_iou`` of
     mmdetection's ``MaxIoUAssigner``.
     """
-    gt = _ground_truth(ground_truth, priors)
+    gt = as_ground_truth(ground_truth, priors)
+    if validate and torch.compiler.is_compiling():
+        gt = _validated_in_graph(gt, priors)
     low = iou_threshold if low_threshold is None else low_threshold
     matches: Tensor = torch.ops.ssd_ext.match.default(
         gt.boxes, gt.offsets, priors, iou_threshold, low, _force(force), min_force_iou
     )
-    if validate:
+    if validate and not torch.compiler.is_compiling():
         _validate(gt, priors)
     return matches
 
@@ -110,7 +112,9 @@ def assign_targets(
     """
     if num_classes is not None and not (validate and num_classes >= 2):
         raise ValueError(f"num_classes needs validate=True and must be at least 2, got {num_classes}, {validate=}")
-    gt = _ground_truth(ground_truth, priors)
+    gt = as_ground_truth(ground_truth, priors)
+    if validate and torch.compiler.is_compiling():
+        gt = _validated_in_graph(gt, priors, num_classes)
     low = iou_threshold if low_threshold is None else low_threshold
     targets: tuple[Tensor, Tensor] = call(
         torch.ops.ssd_ext.assign_targets.default,
@@ -124,7 +128,7 @@ def assign_targets(
         min_force_iou,
         list(variances),
     )
-    if validate:
+    if validate and not torch.compiler.is_compiling():
         _validate(gt, priors, num_classes)
     return targets
 
@@ -133,14 +137,6 @@ def _force(force: str) -> int:
     if force not in FORCE:
         raise ValueError(f"force must be one of {', '.join(map(repr, FORCE))}, got {force!r}")
     return FORCE[force]
-
-
-def _ground_truth(value: GroundTruth | Targets, priors: Tensor) -> GroundTruth:
-    gt = as_ground_truth(value)
-    if gt.boxes.shape != (0, 4):
-        return gt
-    # No box says nothing of type and device: torch.tensor([]) is float32 and on the CPU.
-    return gt.to(priors.device)._replace(boxes=priors.new_empty(0, 4))
 
 
 def _validate(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -> None:
@@ -152,6 +148,27 @@ def _validate(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -
             'torchvision.ops.box_convert(anchors, "xyxy", "cxcywh") converts them',
             stacklevel=3,
         )
+
+
+# What validates in a graph. It gives the offsets, without which the graph would have no need of it.
+define("validated_offsets(Tensor boxes, Tensor labels, Tensor offsets, Tensor priors, int? num_classes) -> Tensor")
+
+
+def _validated_in_graph(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -> GroundTruth:
+    return gt._replace(offsets=torch.ops.ssd_ext.validated_offsets.default(*gt, priors, num_classes))
+
+
+@implement("validated_offsets")
+def _(boxes: Tensor, labels: Tensor, offsets: Tensor, priors: Tensor, num_classes: int | None) -> Tensor:
+    gt = GroundTruth(boxes, labels, offsets)
+    match(gt, priors[:0])  # checks the shapes
+    _validate(gt, priors, num_classes)
+    return offsets.clone()
+
+
+@fake("validated_offsets")
+def _(boxes: Tensor, labels: Tensor, offsets: Tensor, priors: Tensor, num_classes: int | None) -> Tensor:
+    return torch.empty_like(offsets)
 
 
 @fake("match")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_ext.ops._library import call, fake, refuse_gradient
+from ssd_ext.ops._library import call, differentiable, fake, refuse_gradient
 
 NORMALIZE = ("batch", "image")
 
@@ -59,7 +59,7 @@ def multibox_loss(
     its image has no ``k``. Likewise NaN offsets of a positive show in ``loc``. A label that is no class is an
     error on the CPU; on a GPU, which is not waited for, it makes ``conf`` and its prior's gradient NaN.
 
-    Differentiable in ``deltas`` and ``logits``, once, in reverse mode.
+    Differentiable in ``deltas`` and ``logits``, once, in reverse mode, also by ``torch.func`` as :func:`encode` is.
 
     Memory beside inputs and gradients: 4 bytes a prior, 8 with float64; on the CPU also 24 (32) bytes for each prior
     of one image, for each thread. There the memory of large gradients is kept for the next ones: see
@@ -158,16 +158,22 @@ def _backward(ctx: Any, grad_loc: Tensor | None, grad_conf: Tensor | None, *_: A
     deltas, logits, target_deltas, target_labels, ranks, divisors = ctx.saved_tensors
     for_deltas = for_logits = None
     if needs_deltas and grad_loc is not None:
-        for_deltas = torch.ops.ssd_ext.multibox_loss_deltas_gradient.default(
-            grad_loc, deltas, target_deltas, target_labels, divisors, *ctx.smooth_l1
+        for_deltas = call(
+            torch.ops.ssd_ext.multibox_loss_deltas_gradient.default,
+            grad_loc,
+            deltas,
+            target_deltas,
+            target_labels,
+            divisors,
+            *ctx.smooth_l1,
         )
     if needs_logits and grad_conf is not None:
-        for_logits = torch.ops.ssd_ext.multibox_loss_logits_gradient.default(
-            grad_conf, logits, target_labels, ranks, divisors
+        for_logits = call(
+            torch.ops.ssd_ext.multibox_loss_logits_gradient.default, grad_conf, logits, target_labels, ranks, divisors
         )
     return for_deltas, for_logits, *[None] * 7
 
 
-torch.library.register_autograd("ssd_ext::multibox_loss", _backward, setup_context=_keep)
+differentiable("multibox_loss", _backward, _keep)
 for _op in ("multibox_loss_logits_gradient", "multibox_loss_deltas_gradient"):
     refuse_gradient(_op, "multibox_loss has no second derivative")
