@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 from ssd_ext import ops
@@ -21,7 +22,8 @@ class MultiBoxLoss(nn.Module):
         min_force_iou: ``force`` joins an object and a prior only above this IoU; None: at any.
         variances: of centre and size, those of the decoder.
         neg_to_pos_ratio: negatives for each positive.
-        min_negatives: negatives that count in every image, even in one without objects.
+        min_negatives: negatives that count in every image, even in one without objects; see
+            :func:`ssd_ext.ops.multibox_loss`.
         alpha: weight of the box loss.
         beta: where smooth L1 passes from square to line.
         normalize: ``"batch"`` or ``"image"``; see :func:`ssd_ext.ops.multibox_loss`.
@@ -108,10 +110,12 @@ class MultiBoxLoss(nn.Module):
         losses = ops.multibox_loss(deltas, logits, target_deltas, target_labels, **self.loss)
         if not self.across_ranks or self.loss["normalize"] != "batch":
             return losses
-        positives = (target_labels > 0).sum()
-        everywhere = positives.clone()
+        negatives = (target_labels == 0).sum(1).clamp(max=self.loss["min_negatives"])  # of images without objects
+        here = torch.stack([(target_labels > 0).sum(), negatives.sum()])
+        everywhere = here.clone()
         distributed.all_reduce(everywhere)
-        share = positives.clamp(min=1) * distributed.get_world_size() / everywhere.clamp(min=1)
+        own, of_all = (torch.where(count[0] > 0, count[0], count[1]).clamp(min=1) for count in (here, everywhere))
+        share = own * distributed.get_world_size() / of_all
         return losses[0] * share, losses[1] * share
 
     if TYPE_CHECKING:

@@ -225,8 +225,23 @@ def test_dividing(normalize, device):
         deltas, logits, torch.zeros_like(deltas), labels, neg_to_pos_ratio=0.0, min_negatives=2, normalize=normalize
     )
     assert loc.item() == pytest.approx(2.0 if normalize == "batch" else 1.0)
-    terms = 7 / 3 if normalize == "batch" else (2 + 5 / 3) / 2
+    terms = 7 / 3 if normalize == "batch" else (2 / 2 + 5 / 3) / 2
     assert conf.item() == pytest.approx(terms * math.log(2))
+
+
+@pytest.mark.parametrize("normalize", ["batch", "image"])
+@pytest.mark.parametrize("min_negatives", [1, 40, 89])
+def test_an_image_without_objects_weighs_no_more_than_one_with(normalize, min_negatives, device):
+    settings = {"min_negatives": min_negatives, "normalize": normalize}
+    deltas = torch.zeros(2, 100, 4, device=device)
+    labels = torch.zeros(2, 100, dtype=torch.int64, device=device)
+    labels[0, :10] = 1
+    logits = torch.zeros(2, 100, 2, device=device, requires_grad=True)
+    _, conf = ops.multibox_loss(deltas, logits, deltas, labels, **settings)
+    with_objects, without = torch.autograd.grad(conf, logits)[0].abs().sum((1, 2)).tolist()
+    assert 0 < without <= with_objects
+    _, conf = ops.multibox_loss(deltas, logits, deltas, torch.zeros_like(labels), **settings)
+    assert conf.item() == pytest.approx(math.log(2))  # the mean of all that count
 
 
 def test_without_objects_the_loss_is_zero_and_differentiable(device):

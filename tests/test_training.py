@@ -284,10 +284,28 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, os.environ["TESTS"])
 from test_training import SAMPLE, SHORT, Emptied, small_model
+from ssd_ext import MultiBoxLoss
 from ssd_ext.data import load_dataset
+from ssd_ext.priors import SSD300_VOC
 from ssd_ext.training import fit
 distributed.init_process_group("gloo")
 torch.set_num_threads(1)
+
+def gradient(rows, targets, across_ranks):
+    scale = torch.ones(1, requires_grad=True)
+    criterion = MultiBoxLoss(SSD300_VOC.priors()[-40:], min_negatives=20, across_ranks=across_ranks)
+    sum(criterion(rows[..., :4] * scale, rows[..., 4:] * scale, targets)).backward()
+    return scale.grad
+
+rows = torch.randn(4, 40, 7, generator=torch.Generator().manual_seed(0))
+some = {"boxes": torch.tensor([[0.2, 0.2, 0.7, 0.8]]), "labels": torch.tensor([1])}
+none = {name: value[:0] for name, value in some.items()}
+own = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
+for targets in ([some, some, some, none], [some, none, none, none], [none] * 4):
+    of_ranks = gradient(rows[own], targets[own], across_ranks=True)
+    distributed.all_reduce(of_ranks)
+    torch.testing.assert_close(of_ranks / 2, gradient(rows, targets, across_ranks=False))
+
 cards = load_dataset(SAMPLE, "train")
 own = Emptied(cards) if os.environ["EMPTY"] == "1" and distributed.get_rank() else cards
 gc.disable()  # or it frees by chance what fit must not leave behind

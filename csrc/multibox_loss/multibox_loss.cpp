@@ -170,17 +170,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
     });
   });
   for (int64_t b = 0; b < batch; ++b) {
-    if (sums[b].positives >= 0) continue;
-    const int64_t p = -1 - sums[b].positives;
+    if (sums[b].counts.positives >= 0) continue;
+    const int64_t p = -1 - sums[b].counts.positives;
     raise(op, ": target_labels must be below C = ", loss.classes, ", got target_labels[", b, ", ", p,
           "] = ", label[b * n + p]);
   }
 
-  int64_t positives = 0;
-  for (const ImageSums& image : sums) positives += image.positives;
+  Counts all{};
+  for (const ImageSums& image : sums) {
+    all.positives += image.counts.positives;
+    all.negatives += image.counts.negatives;
+  }
   OrderedSum all_loc(batch), all_conf(batch);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t divisor = divisor_of(sums[b].positives, positives, loss);
+    const int64_t divisor = divisor_of(sums[b].counts, all, loss);
     divisors.mutable_data_ptr<int64_t>()[b] = divisor;
     all_loc.add(b, sums[b].loc / double(divisor));
     all_conf.add(b, sums[b].conf / double(divisor));

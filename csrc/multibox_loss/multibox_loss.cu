@@ -307,17 +307,22 @@ __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisor
                        const Scalar& conf) {
   const int64_t batch = loss.mining.batch;
   const int lane = int(threadIdx.x) % gpu::kWarp;
-  int64_t positives = 0;
+  const auto count = [=](int64_t Counts::* which) {
+    int64_t sum = 0;
 #pragma unroll 1
-  for (int64_t b = lane; b < batch; b += gpu::kWarp) positives += gpu::load_written(&sums[b].positives);
-  positives = gpu::warp_sum(positives);
+    for (int64_t b = lane; b < batch; b += gpu::kWarp) sum += gpu::load_written(&(sums[b].counts.*which));
+    return gpu::warp_sum(sum);
+  };
+  Counts all{count(&Counts::positives), 0};
+  if (all.positives == 0) all.negatives = count(&Counts::negatives);
   double all_loc = 0, all_conf = 0;  // of kWarp partial sums, from the one numbered kWarp * lane on
 #pragma unroll 1
   for (int64_t first = 0; first < min_of<int64_t>(batch, kSums); first += gpu::kWarp) {
     double own_loc = 0, own_conf = 0;
 #pragma unroll 1
     for (int64_t b = first + lane; b < batch; b += kSums) {
-      const int64_t divisor = divisor_of(gpu::load_written(&sums[b].positives), positives, loss);
+      const Counts image{gpu::load_written(&sums[b].counts.positives), gpu::load_written(&sums[b].counts.negatives)};
+      const int64_t divisor = divisor_of(image, all, loss);
       divisors[b] = divisor;
       own_loc += gpu::load_written(&sums[b].loc) / double(divisor);
       own_conf += gpu::load_written(&sums[b].conf) / double(divisor);
@@ -422,10 +427,10 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     const int64_t* const label = labels + image * n;
     const auto make = [=](int64_t i) { return gpu::key_of(label[i], radix_key(rank[i])); };
     const gpu::ImageKeys<Key, kHeld, decltype(make)> keys(make, n);
-    int64_t positives = 0;
-    const auto wanted = [&](int64_t found, int64_t negatives) {
-      positives = found;
-      return negatives_to_mark(found, negatives, loss.mining);
+    Counts counts{};
+    const auto wanted = [&](int64_t positives, int64_t negatives) {
+      counts = {positives, negatives_to_mark(positives, negatives, loss.mining)};
+      return counts.negatives;
     };
     const gpu::Cut<Key> cut = gpu::cut_negatives(keys, wanted, selection);
     // 2. What is kept is summed up, prior p in partial sum p % kSums, in rising order.
@@ -446,7 +451,7 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     loc_sum = locs[lane];
     conf_sum = confs[lane];
     add_up(loc_sum, conf_sum);
-    if (lane == 0) workspace.sums[image] = {positives, loc_sum, conf_sum};
+    if (lane == 0) workspace.sums[image] = {counts, loc_sum, conf_sum};
   }
   // 3. The last one to come so far ends what all have summed.
   if (warp == 0 && gpu::is_last_warp(workspace.ticket, gridDim.x)) {

@@ -44,15 +44,22 @@ struct Loss {
   bool per_image;  // each image is divided by its own positives, and the sum by the images
 };
 
-// What the terms of an image are divided by; `all` are the positives of the batch.
-SSD_EXT_HD int64_t divisor_of(int64_t positives, int64_t all, const Loss& loss) {
-  const int64_t n = loss.per_image ? positives : all;
+// Priors that count: of an image, or of all of them.
+struct Counts {
+  int64_t positives, negatives;
+};
+
+// What the terms of an image are divided by: the positives, or the negatives where there are none, so that their sum
+// does not grow with min_negatives. In `all` negatives are counted only if there are no positives.
+SSD_EXT_HD int64_t divisor_of(const Counts& image, const Counts& all, const Loss& loss) {
+  const Counts& of = loss.per_image ? image : all;
+  const int64_t n = of.positives > 0 ? of.positives : of.negatives;
   return (n > 1 ? n : 1) * (loss.per_image ? loss.mining.batch : 1);
 }
 
 // One image's sums, undivided.
 struct ImageSums {
-  int64_t positives;
+  Counts counts;
   double loc, conf;
 };
 

@@ -315,7 +315,7 @@ struct Room {
 
 struct Settled {
   int64_t kept;  // priors listed in Room::kept, in order: positives and, until mined, candidates
-  int64_t positives;
+  multibox_loss::Counts counts;
   int64_t bad = -1;  // if not, the first prior whose label is no class
 };
 
@@ -354,7 +354,7 @@ Settled mine(const RowReader<S>& reader, int64_t image, const int64_t* labels, c
   for (i = 0; i < kept; ++i) {
     const int64_t p = room.kept[i];
     if (labels[p] == 0) continue;
-    if (labels[p] >= classes) return {0, 0, p};
+    if (labels[p] >= classes) return {0, {}, p};
     ranks[p] = rank_of_row(reader.rows(image, p, 1), classes, labels[p]);
   }
   rank_negatives(reader, image, room.negatives, candidates, classes, ranks);
@@ -376,7 +376,7 @@ Settled mine(const RowReader<S>& reader, int64_t image, const int64_t* labels, c
       if (rank < cut.key || (rank == cut.key && --ties < 0)) rank = kAbsent<I>;
     }
   }
-  return {kept, rough.positives};
+  return {kept, {rough.positives, k}};
 }
 
 // f(i) for each rank that is not the least, in order.
@@ -400,7 +400,7 @@ ImageSums sum_image(const multibox_loss::Rows& logits, const multibox_loss::Rows
   using T = ComputedIn<S>;
   const int64_t n = loss.mining.num_priors;
   const Settled settled = mine(RowReader<S>(logits, loss.classes), image, labels, loss, ranks, room);
-  if (settled.bad >= 0) return {-1 - settled.bad, 0, 0};
+  if (settled.bad >= 0) return {{-1 - settled.bad, 0}, 0, 0};
   OrderedSum loc(n), conf(n);
   for (int64_t j = 0; j < settled.kept; ++j) {
     const int64_t i = room.kept[j];
@@ -413,7 +413,7 @@ ImageSums sum_image(const multibox_loss::Rows& logits, const multibox_loss::Rows
     for (int d = 0; d < 4; ++d) term += smooth_l1(delta[d] - target[d], loss.beta);
     loc.add(i, term);
   }
-  return {settled.positives, loc.total(), conf.total()};
+  return {settled.counts, loc.total(), conf.total()};
 }
 
 // ---- backward -----------------------------------------------------------------------------------

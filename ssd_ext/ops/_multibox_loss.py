@@ -37,20 +37,22 @@ def multibox_loss(
         target_labels: ``[B, P]`` int64, below ``C``: positive (> 0), background (0) or ignored (< 0: no part of
             the loss).
         neg_to_pos_ratio: negatives for each positive; finite, not negative.
-        min_negatives: negatives that count in every image as far as there are, even in one without positives.
+        min_negatives: negatives that count in every image as far as there are, even in one without positives,
+            which then weighs no more than one with: see ``normalize``.
         alpha: weight of ``loc``; finite.
         beta: ``|delta - target|`` from where smooth L1 is a line: ``0.5 e^2 / beta`` below, ``|e| - 0.5 beta``
             above, so 0 makes it L1.
         normalize: with the positives ``N_b`` of image ``b``, ``"batch"`` divides the sums over all images by
-            ``max(1, sum of N_b)``, as the paper and torchvision do; ``"image"`` divides each image's by
-            ``max(1, N_b)`` and takes the mean over images, so that images with few objects count as much.
+            ``sum of N_b``, as the paper and torchvision do; ``"image"`` divides each image's by ``N_b`` and takes the
+            mean over images, so that images with few objects count as much. Where that is 0, the negatives
+            that count are divided by their number.
 
     The floating tensors may be float32, float64, float16 or bfloat16 independently, on one device; the halves
     compute in float32, under autocast too.
 
     Returns:
         ``(loc, conf)``: scalars to be added up, ``alpha`` being in ``loc`` already. float64 where ``deltas``
-        (``logits`` for ``conf``) are, else float32. Without positives ``loc`` is 0, and ``conf`` holds
+        (``logits`` for ``conf``) are, else float32. Without positives ``loc`` is 0, and ``conf`` the mean of
         ``min_negatives`` for each image: by default 0, with gradients of 0. Empty inputs give 0.
 
     Where losses round to the same number, negatives are told apart by ``sum(exp(x - x[0]))``, of which the

@@ -1,5 +1,6 @@
 """The MultiBox loss in plain PyTorch."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,14 +22,17 @@ def multibox_loss(
     """``(loc, conf)``, two scalars; see :func:`ssd_ext.ops.multibox_loss`."""
     positive = target_labels > 0
     background_loss = -logits.detach().log_softmax(-1)[..., 0]
-    selected = positive | hard_negatives(
+    negative = hard_negatives(
         background_loss, target_labels, neg_to_pos_ratio=neg_to_pos_ratio, min_negatives=min_negatives
     )
+    selected = positive | negative
 
+    counts = torch.stack([positive.sum(1), negative.sum(1)])  # of each image
     if normalize == "batch":
-        divisor = positive.sum().clamp(min=1).expand(target_labels.shape[:1])
-    else:
-        divisor = positive.sum(1).clamp(min=1) * len(target_labels)
+        counts = counts.sum(1, keepdim=True)
+    divisor = torch.where(counts[0] > 0, counts[0], counts[1].clamp(min=1))
+    if normalize == "image":
+        divisor = divisor * len(target_labels)
     divisor = divisor[:, None].expand(target_labels.shape)
 
     conf = F.cross_entropy(logits[selected], target_labels[selected], reduction="none")
