@@ -16,7 +16,11 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-using multibox_loss::ImageSums;
+// One image's sums, undivided.
+struct ImageSums {
+  multibox_loss::Counts counts;
+  double loc, conf;
+};
 
 // Sum of the terms of up to n indices. Term i goes to partial sum i % kSums, in rising order of i; of each
 // 32 partial sums those l and l + 16 are added, then l and l + 8, ... l + 1; then likewise the up to 32 results.

@@ -222,6 +222,12 @@ void with_row(const Strides& strides, int64_t classes, const F& f) {
 
 // ---- mining and sums, a block an image ------------------------------------------------------------
 
+// Of one image: priors that count, and their terms, undivided.
+struct ImageSums {
+  uint32_t positives, negatives;
+  double loc, conf;
+};
+
 struct Workspace {
   ImageSums* sums;   // [B]
   unsigned* ticket;  // of the images that are summed; rank_kernel makes it 0
@@ -307,21 +313,22 @@ __device__ void finish(const ImageSums* sums, const Loss& loss, int64_t* divisor
                        const Scalar& conf) {
   const int64_t batch = loss.mining.batch;
   const int lane = int(threadIdx.x) % gpu::kWarp;
-  const auto count = [=](int64_t Counts::* which) {
-    int64_t sum = 0;
+  Counts all{};
 #pragma unroll 1
-    for (int64_t b = lane; b < batch; b += gpu::kWarp) sum += gpu::load_written(&(sums[b].counts.*which));
-    return gpu::warp_sum(sum);
-  };
-  Counts all{count(&Counts::positives), 0};
-  if (all.positives == 0) all.negatives = count(&Counts::negatives);
+  for (int64_t b = lane; b < batch; b += gpu::kWarp) all.positives += gpu::load_written(&sums[b].positives);
+  all.positives = gpu::warp_sum(all.positives);
+  if (all.positives == 0) {
+#pragma unroll 1
+    for (int64_t b = lane; b < batch; b += gpu::kWarp) all.negatives += gpu::load_written(&sums[b].negatives);
+    all.negatives = gpu::warp_sum(all.negatives);
+  }
   double all_loc = 0, all_conf = 0;  // of kWarp partial sums, from the one numbered kWarp * lane on
 #pragma unroll 1
   for (int64_t first = 0; first < min_of<int64_t>(batch, kSums); first += gpu::kWarp) {
     double own_loc = 0, own_conf = 0;
 #pragma unroll 1
     for (int64_t b = first + lane; b < batch; b += kSums) {
-      const Counts image{gpu::load_written(&sums[b].counts.positives), gpu::load_written(&sums[b].counts.negatives)};
+      const Counts image{gpu::load_written(&sums[b].positives), gpu::load_written(&sums[b].negatives)};
       const int64_t divisor = divisor_of(image, all, loss);
       divisors[b] = divisor;
       own_loc += gpu::load_written(&sums[b].loc) / double(divisor);
@@ -451,7 +458,7 @@ __global__ void __launch_bounds__(gpu::kSelectThreads, 1)
     loc_sum = locs[lane];
     conf_sum = confs[lane];
     add_up(loc_sum, conf_sum);
-    if (lane == 0) workspace.sums[image] = {counts, loc_sum, conf_sum};
+    if (lane == 0) workspace.sums[image] = {uint32_t(counts.positives), uint32_t(counts.negatives), loc_sum, conf_sum};
   }
   // 3. The last one to come so far ends what all have summed.
   if (warp == 0 && gpu::is_last_warp(workspace.ticket, gridDim.x)) {

@@ -52,16 +52,10 @@ struct Counts {
 // What the terms of an image are divided by: the positives, or the negatives where there are none, so that their sum
 // does not grow with min_negatives. In `all` negatives are counted only if there are no positives.
 SSD_EXT_HD int64_t divisor_of(const Counts& image, const Counts& all, const Loss& loss) {
-  const Counts& of = loss.per_image ? image : all;
-  const int64_t n = of.positives > 0 ? of.positives : of.negatives;
+  const int64_t positives = loss.per_image ? image.positives : all.positives;
+  const int64_t n = positives > 0 ? positives : loss.per_image ? image.negatives : all.negatives;
   return (n > 1 ? n : 1) * (loss.per_image ? loss.mining.batch : 1);
 }
-
-// One image's sums, undivided.
-struct ImageSums {
-  Counts counts;
-  double loc, conf;
-};
 
 size_t workspace_bytes(const Loss& loss);
 
