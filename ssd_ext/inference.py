@@ -29,6 +29,9 @@ def load_detector(
 ) -> tuple[SSD, list[str]]:
     """A detector in eval mode and the names of its classes.
 
+    A checkpoint's detector has the priors that it was trained with, with a warning if their centres are more than a
+    cell outside of the image, as :class:`ssd_ext.priors.PriorSpec` allowed in 0.1.0.
+
     Args:
         path: a checkpoint of :func:`ssd_ext.training.fit`, which holds model and classes; or weights from elsewhere, as
             :func:`ssd_ext.models.load_weights` reads them.

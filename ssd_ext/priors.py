@@ -7,7 +7,7 @@ torch.Size([8732, 4])
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -57,12 +57,17 @@ class PriorSpec:
         scales: one for each level and one more.
         aspect_ratios: of each level, without 1 and without reciprocals, which are implied.
         steps: pixels from one centre to the next, of each level; a last cell may centre outside of the
-            image. None: the cells of a level divide the image evenly.
+            image, by its own size at most. None: the cells of every level divide the image evenly.
         clip: bounds widths and heights to the image's. (torchvision does so; amdegroot bounds the
             centres too, which moves those of the 10 x 10 level of SSD300.)
+        spread: of each level, whether its cells divide an image of any size evenly, whatever its step.
+            Default: the levels whose steps do so at ``image_size`` in both directions, such as
+            SSD300's last two, 3 x 100 and 1 x 300 pixels, but not its first, 38 x 8. Without ``steps``
+            all levels are, whatever is given here.
 
     Raises:
-        ValueError: lists whose lengths do not fit, or a value that is not positive.
+        ValueError: lists whose lengths do not fit, a value that is not positive, or a step that puts
+            centres more than a cell outside of the image.
 
     Source: Liu et al., SSD (2016), section 2.2; torchvision's ``DefaultBoxGenerator``. Some notes on
     SSD print ``h = s * sqrt(r)`` or ``s' = s_k * s_{k+1}``: the paper does not.
@@ -74,12 +79,13 @@ class PriorSpec:
     aspect_ratios: Sequence[Sequence[float]]
     steps: Sequence[float] | None = None
     clip: bool = True
+    spread: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no detector could mean."""
         levels = len(self.feature_sizes)
-        for name, expected in (("scales", levels + 1), ("aspect_ratios", levels), ("steps", levels)):
-            values = getattr(self, name)
+        for name in ("scales", "aspect_ratios", "steps", "spread"):
+            values, expected = getattr(self, name), levels + (name == "scales")
             if values is not None and len(values) != expected:
                 raise ValueError(f"PriorSpec: {name} must have {expected} entries for {levels} levels: got {values}")
         numbers = {"scales": self.scales, "steps": self.steps or ()}
@@ -89,11 +95,41 @@ class PriorSpec:
                 raise ValueError(f"PriorSpec: {name} must be positive numbers: got {getattr(self, name)}")
         self._check_sizes("image_size", [self.image_size])
         self._check_sizes("feature_sizes", self.feature_sizes)
+        self._check_centres(self.image_size, self.feature_sizes)
 
     @staticmethod
     def _check_sizes(name: str, sizes: Sizes) -> None:
         if not all(len(size) == 2 and min(size) > 0 for size in sizes):
             raise ValueError(f"PriorSpec: {name} must be positive (height, width): got {sizes}")
+
+    def _spread(self) -> Sequence[bool]:
+        if self.steps is None:
+            return (True,) * len(self.feature_sizes)
+        if self.spread is not None:
+            return self.spread
+        height, width = self.image_size
+        cells = zip(self.steps, self.feature_sizes, strict=True)
+        return tuple(step * rows == height and step * columns == width for step, (rows, columns) in cells)
+
+    def _cell_sizes(self, image_size: tuple[int, int], feature_sizes: Sizes) -> list[tuple[float, float]]:
+        """From one centre to the next of each level, as fractions of the image's height and of its width."""
+        height, width = image_size
+        steps = self.steps or (0,) * len(feature_sizes)
+        levels = zip(self._spread(), steps, feature_sizes, strict=True)
+        return [(1 / n, 1 / m) if spread else (step / height, step / width) for spread, step, (n, m) in levels]
+
+    def _check_centres(self, image_size: tuple[int, int], feature_sizes: Sizes) -> None:
+        cells = zip(feature_sizes, self._cell_sizes(image_size, feature_sizes), strict=True)
+        for k, (counts, sizes) in enumerate(cells):
+            if self.steps and any((n - 1.5) * size > 1 for n, size in zip(counts, sizes, strict=True)):
+                height, width = image_size
+                y, x = ((n - 0.5) * self.steps[k] for n in counts)
+                raise ValueError(
+                    f"PriorSpec: level {k} has {counts[0]}x{counts[1]} cells of steps[{k}]={self.steps[k]} pixels, so "
+                    f"that its last centre, y={y:g} and x={x:g}, is more than a cell outside of an image of "
+                    f"{height}x{width}: reduce the step, or give steps=None, by which the cells of every level divide "
+                    "the image evenly"
+                )
 
     def _sizes(self, image_size: tuple[int, int] | None, feature_sizes: Sizes | None) -> tuple[tuple[int, int], Sizes]:
         """What is meant where one or both are left out."""
@@ -110,7 +146,23 @@ class PriorSpec:
             levels = len(self.feature_sizes)
             raise ValueError(f"PriorSpec: feature_sizes must have {levels} levels: got {feature_sizes}")
         self._check_sizes("feature_sizes", feature_sizes)
+        self._check_centres(image, feature_sizes)
         return image, feature_sizes
+
+    def resized(self, image_size: tuple[int, int] | None = None, feature_sizes: Sizes | None = None) -> "PriorSpec":
+        """The spec of another image size, which spreads the cells of the same levels as this one.
+
+        Args:
+            image_size: as in :meth:`priors`.
+            feature_sizes: as in :meth:`priors`.
+
+        Raises:
+            ValueError: as :meth:`priors`.
+        """
+        image, sizes = self._sizes(image_size, feature_sizes)
+        if (image, tuple(sizes)) == (tuple(self.image_size), tuple(self.feature_sizes)):
+            return self
+        return replace(self, image_size=image, feature_sizes=tuple(sizes), spread=self._spread())
 
     def per_cell(self) -> list[int]:
         """Priors of one cell, of each level: what the heads must predict."""
@@ -168,13 +220,14 @@ class PriorSpec:
             ``[P, 4]`` centre and size ``(cx, cy, w, h)``; order: level, y, x, aspect.
 
         Raises:
-            ValueError: the wrong number of levels, sizes that are not positive, or no way to tell
-                the feature sizes.
+            ValueError: the wrong number of levels, sizes that are not positive, no way to tell the
+                feature sizes, or a step that puts centres more than a cell outside of the image.
         """
         (height, width), sizes = self._sizes(image_size, feature_sizes)
         unit = torch.tensor([width, height, width, height] if pixels else [1, 1, 1, 1], dtype=torch.float64)
         out = []
-        for k, (rows, columns) in enumerate(sizes):
+        cells = self._cell_sizes((height, width), sizes)
+        for k, ((rows, columns), (step_y, step_x)) in enumerate(zip(sizes, cells, strict=True)):
             s, s_next = self.scales[k], self.scales[k + 1]
             shapes = [(s, s), ((s * s_next) ** 0.5,) * 2]
             for r in self.aspect_ratios[k]:
@@ -182,7 +235,6 @@ class PriorSpec:
             size = torch.tensor(shapes, dtype=torch.float64).reshape(1, -1, 2)
             if self.clip:
                 size = size.clamp(max=1)
-            step_y, step_x = (self.steps[k] / height, self.steps[k] / width) if self.steps else (1 / rows, 1 / columns)
             y = (torch.arange(rows, dtype=torch.float64) + 0.5) * step_y
             x = (torch.arange(columns, dtype=torch.float64) + 0.5) * step_x
             center = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).reshape(-1, 1, 2)

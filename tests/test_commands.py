@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from ssd_ext.cli.detect import _distinct_names, image_files
 from ssd_ext.cli.train import recipe_of
 from ssd_ext.data import load_dataset
 from ssd_ext.inference import as_json, draw, filter_by_score, load_detector
-from ssd_ext.models import ssd300_vgg16, ssdlite320_mobilenet_v2
+from ssd_ext.models import create, ssd300_vgg16, ssdlite320_mobilenet_v2
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "playing_cards"
@@ -411,6 +412,33 @@ def test_a_checkpoint_tells_its_model(tmp_path, version):
     assert len(found["boxes"]) == 7
     with pytest.raises(ValueError, match="has 2 classes, but 1 names were given"):
         load_detector(tmp_path / "w.pt", classes=["a"])
+
+
+def test_a_checkpoint_keeps_its_priors(tmp_path):
+    """Of 0.1.0, which took any steps, and where these weights go to a model with other priors."""
+    model, path, size = ssdlite320_mobilenet_v2(3, image_size=(160, 224)), tmp_path / "w.pt", {"image_size": (160, 224)}
+    architecture = model.architecture
+    spec = {key: value for key, value in architecture.pop("prior_spec").items() if key != "spread"}
+    assert spec["feature_sizes"][2] == (3, 4)
+    spec["steps"] = (16, 32, 107, 128, 160, 160)
+    state = {"model": model.state_dict(), "architecture": architecture | {"priors": spec}, "classes": ["a", "b"]}
+    checkpoint.save(state, path)
+    with pytest.warns(UserWarning, match=r"level 2 has 3x4 cells of steps\[2\]=107 pixels.* It is kept here"):
+        loaded, _ = load_detector(path)
+    first = sum(loaded.prior_spec.counts()[:2])
+    assert loaded.priors[first : first + 4 * 6 : 6, 0].tolist() == pytest.approx(
+        [(i + 0.5) * 107 / 224 for i in range(4)]
+    )
+    with pytest.warns(UserWarning, match="It is kept here"):
+        assert torch.equal(create(**loaded.architecture).priors, loaded.priors)
+    with pytest.warns(
+        UserWarning, match=r"w.pt: trained with other priors of an image of \(160, 224\) than the model's"
+    ):
+        ssdlite320_mobilenet_v2(3, weights=path, **size)
+    with warnings.catch_warnings(action="error"):
+        ssdlite320_mobilenet_v2(3, weights=path, image_size=(160, 160))
+        checkpoint.save(state | {"architecture": model.architecture}, path)
+        ssdlite320_mobilenet_v2(3, weights=path, **size)
 
 
 def test_weights_alone(tmp_path):

@@ -1,5 +1,6 @@
 """The models: as torchvision's with the same weights, any backbone and size, compiled, cast, on hostile input."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -29,6 +30,7 @@ from torchvision.transforms import v2  # noqa: E402
 from ssd_ext import GroundTruth, MultiBoxLoss, export, ops  # noqa: E402
 from ssd_ext.models import MODELS, create, ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
 from ssd_ext.models.weights import _LAYOUTS  # noqa: E402
+from ssd_ext.priors import SSD300_COCO  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,16 @@ def test_ssd300_and_512_of_other_sizes():
     model = ssd300_vgg16(2, image_size=(300, 500))
     assert model.prior_spec.feature_sizes[-1] == (1, 4)
     assert model.priors[0, :2].tolist() == pytest.approx([4 / 500, 4 / 300])  # cells of 8 pixels
+    assert model.priors[-4 * 4 :: 4, 0].tolist() == [1 / 8, 3 / 8, 5 / 8, 7 / 8]  # four that share the image
+    assert (model.priors[:, :2] <= 1).all(1).sum() == len(model.priors) - 6 * 16  # of 10 x 16 cells of 32 a row at 304
+    again = create(**model.architecture)
+    assert again.architecture == model.architecture
+    assert torch.equal(again.priors, model.priors)
+    square = create(**{**model.architecture, "image_size": (300, 300)})
+    assert torch.equal(square.priors, SSD300_COCO.priors())
+    strided = dataclasses.replace(SSD300_COCO, spread=(False,) * 6)
+    with pytest.raises(ValueError, match=r"level 5 has 1x4 cells of steps\[5\]=300 .* outside of an image of 300x500"):
+        ssd300_vgg16(2, image_size=(300, 500), prior_spec=strided)
     with pytest.raises(ValueError, match=r"image_size \(64, 300\) does not suit the backbone"):
         ssd300_vgg16(2, image_size=(64, 300))
     with pytest.raises(ValueError, match="prior_spec has 6 levels, but there are 7 maps"):

@@ -111,9 +111,90 @@ def test_other_image_sizes():
     sizes = [(64, 80), (32, 40), (16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
     boxes = SSD512_COCO.priors((512, 640), pixels=True)
     assert torch.equal(boxes, SSD512_COCO.priors((512, 640), sizes, pixels=True))
-    torch.testing.assert_close(corners(boxes), torchvision_priors(SSD512_COCO, (512, 640), sizes), rtol=0, atol=2e-4)
+    evenly = dataclasses.replace(SSD512_COCO, steps=None)  # torchvision's steps put a third column at x = 640
+    torch.testing.assert_close(corners(boxes), torchvision_priors(evenly, (512, 640), sizes), rtol=0, atol=2e-4)
     mobile = SSD300_COCO.priors((200, 320), [(20, 20), (10, 10), (5, 5), (3, 3), (2, 2), (1, 3)])
     assert len(mobile) == 400 * 4 + 100 * 6 + 25 * 6 + 9 * 6 + 4 * 4 + 3 * 4
+
+
+def centres(spec, k, dtype=torch.float64):
+    """Rows and columns of level k, in pixels."""
+    first, count = sum(spec.counts()[:k]), spec.counts()[k]
+    of_level = spec.priors(pixels=True, dtype=dtype)[first : first + count]
+    return of_level[:, 1].unique(), of_level[:, 0].unique()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_centres_at_the_size_of_a_preset(name):
+    """Steps and cells give the same bits there."""
+    spec = PRESETS[name]
+    assert spec.resized() is spec
+    side, first = spec.image_size[0], 0
+    for k, ((rows, _), count) in enumerate(zip(spec.feature_sizes, spec.counts(), strict=True)):
+        found = spec.priors(dtype=torch.float64)[first : first + count, :2]
+        expected = (torch.arange(rows, dtype=torch.float64) + 0.5) * (spec.steps[k] / side if spec.steps else 1 / rows)
+        assert all(torch.equal(axis.unique(), expected) for axis in found.T)
+        first += count
+
+
+# What VGG16 gives: of SSD300 at (480, 640) and so on.
+OTHER_SIZES = [
+    (SSD300_COCO, (480, 640), ((60, 80), (30, 40), (15, 20), (8, 10), (6, 8), (4, 6)), 0),
+    (SSD300_COCO, (512, 512), ((64, 64), (32, 32), (16, 16), (8, 8), (6, 6), (4, 4)), 0),
+    (SSD300_COCO, (512, 1024), ((64, 128), (32, 64), (16, 32), (8, 16), (6, 14), (4, 12)), 0),
+    # 19 * 6 at x = 304, as at 300 x 300, and 5 * 6 at y = 608
+    (SSD300_COCO, (600, 300), ((75, 38), (37, 19), (19, 10), (10, 5), (8, 3), (6, 1)), 144),
+    (SSD512_COCO, (512, 1024), ((64, 128), (32, 64), (16, 32), (8, 16), (4, 8), (2, 4), (1, 3)), 0),
+    (SSD512_COCO, (600, 300), ((75, 38), (37, 19), (19, 10), (10, 5), (5, 3), (3, 2), (2, 1)), 0),
+    (SSD512_COCO, (516, 520), ((65, 65), (32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1)), 0),
+]
+
+
+@pytest.mark.parametrize(("preset", "size", "cells", "outside"), OTHER_SIZES)
+def test_levels_stay_spread_at_other_sizes(preset, size, cells, outside):
+    spec = preset.resized(size, cells)
+    assert torch.equal(spec.priors(), preset.priors(size, cells))
+    strided = 4 if preset is SSD300_COCO else 0
+    for k, (step, counts) in enumerate(zip(preset.steps, cells, strict=True)):
+        for found, n, side in zip(centres(spec, k), counts, size, strict=True):
+            width = step if k < strided else side / n
+            torch.testing.assert_close(found, (torch.arange(n, dtype=torch.float64) + 0.5) * width)
+    assert (spec.priors()[:, :2] > 1).any(1).sum() == outside
+    # from any size to any other, as directly
+    again = spec.resized(preset.image_size, preset.feature_sizes)
+    assert torch.equal(again.priors(), preset.priors())
+
+
+def test_spread_may_be_given():
+    cells = {"image_size": (64, 96), "feature_sizes": ((8, 12), (4, 6)), "scales": (0.2, 0.5, 0.9)}
+    spec = PriorSpec(**cells, aspect_ratios=((), ()), steps=(8, 10), spread=(False, True))
+    assert centres(spec, 1)[1].tolist() == pytest.approx([8, 24, 40, 56, 72, 88])
+    longer = spec.resized((70, 100), ((9, 13), (5, 7)))
+    assert centres(longer, 0)[0].tolist() == pytest.approx([4, 12, 20, 28, 36, 44, 52, 60, 68])
+    assert centres(longer, 1)[0].tolist() == pytest.approx([7, 21, 35, 49, 63])
+    # by default a level is spread if its step divides both sides
+    narrow = dataclasses.replace(spec, steps=(8, 16), spread=None, image_size=(64, 97))
+    assert centres(narrow.resized((70, 100), ((9, 13), (5, 7))), 1)[0].tolist() == pytest.approx([8, 24, 40, 56, 72])
+    # without steps every level is
+    free = dataclasses.replace(longer, steps=None)
+    assert centres(free, 0)[0].tolist() == pytest.approx([70 / 9 * (i + 0.5) for i in range(9)])
+
+
+def test_centres_far_outside_are_refused():
+    far = (
+        r"level 1 has 1x4 cells of steps\[1\]=300 pixels, so that its last centre, y=150 and x=1050, is more than a "
+        "cell outside of an image of 300x500: reduce the step, or give steps=None"
+    )
+    sizes = {"image_size": (300, 500), "feature_sizes": ((38, 63), (1, 4))}
+    with pytest.raises(ValueError, match=far):
+        PriorSpec(**sizes, scales=(0.2, 0.5, 0.9), aspect_ratios=((), ()), steps=(8, 300))
+    five = {"image_size": (300, 300), "feature_sizes": ((5, 1),), "scales": (0.5, 0.9), "aspect_ratios": ((),)}
+    PriorSpec(**five, steps=(300 / 3.5,))  # the last of five centres is at 4.5 steps
+    with pytest.raises(ValueError, match="level 0 has 5x1 cells"):
+        PriorSpec(**five, steps=(300 / 3.5 + 0.01,))
+    strided = dataclasses.replace(SSD300_COCO, spread=(False,) * 6)
+    with pytest.raises(ValueError, match=r"level 5 has 4x4 cells of steps\[5\]=300 pixels"):
+        strided.priors((512, 512), OTHER_SIZES[1][2])
 
 
 def test_clip_bounds_sizes_to_the_image():
@@ -148,6 +229,7 @@ def test_check_lists_every_level():
         ({"scales": (0.1, 0.2)}, r"scales must have 7 entries for 6 levels: got \(0.1, 0.2\)"),
         ({"aspect_ratios": ((2,),)}, r"aspect_ratios must have 6 entries for 6 levels"),
         ({"steps": (8,)}, r"steps must have 6 entries .* got \(8,\)"),
+        ({"spread": (True,)}, r"spread must have 6 entries .* got \(True,\)"),
         ({"scales": (0, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)}, r"scales must be positive numbers: got \(0, "),
         ({"scales": (math.nan, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)}, r"scales must be positive numbers: got \(nan, "),
         ({"aspect_ratios": ((-2,), (2,), (2,), (2,), (2,), (2,))}, r"ratios must be positive numbers: got \(\(-2,\)"),

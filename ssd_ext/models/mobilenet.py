@@ -97,7 +97,8 @@ def ssdlite320_mobilenet_v2(
         num_classes: with background.
         weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
         backbone_weights: file or state dict of torchvision's ``mobilenet_v2``, trained on ImageNet.
-        image_size: ``(H, W)`` in pixels that images are resized to.
+        image_size: ``(H, W)`` in pixels that images are resized to. The cells of every level of the default
+            ``prior_spec`` divide an image of any size evenly.
         prior_spec: default: those of torchvision's ``ssdlite320_mobilenet_v3_large``.
         **settings: more of :class:`ssd_ext.models.SSD`.
 

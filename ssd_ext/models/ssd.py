@@ -1,7 +1,7 @@
 """SSD around any backbone: heads, loss from images and targets, detections from images."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
@@ -56,7 +56,8 @@ class SSD(nn.Module):
         num_classes: ``C``, with background.
         neck: ``neck(list[Tensor]) -> list[Tensor]``, from the backbone's maps to one map for each level of
             ``prior_spec``, such as a feature pyramid. None: the backbone's maps are the levels.
-        image_size: ``(H, W)`` in pixels that images are resized to; default: that of ``prior_spec``.
+        image_size: ``(H, W)`` in pixels that images are resized to; default: that of ``prior_spec``. At another size
+            the levels whose cells divide the image of the spec evenly do so too, the others keep their steps in pixels.
         head: ``head(channels, outputs) -> nn.Module``, a map of the same size with ``outputs`` channels; called for
             the boxes, then for the classes of each level.
         mean: of the input, RGB in 0..1.
@@ -71,12 +72,12 @@ class SSD(nn.Module):
         name: of the builder, one of ``ssd_ext.models.MODELS``, without a neck or head of your own; else None.
 
     Attributes:
-        prior_spec: the spec with this model's ``image_size`` and ``feature_sizes``.
+        prior_spec: the spec as :meth:`ssd_ext.priors.PriorSpec.resized` to this model's ``image_size`` and maps.
         priors: ``[P, 4]`` centre and size as fractions of the image; a buffer, not in the state.
 
     Raises:
         ValueError: another number of maps than ``prior_spec`` has levels, an image size that is too small for the
-            backbone, fewer than two classes.
+            backbone, steps that put centres more than a cell outside of the image, fewer than two classes.
 
     Source: Liu et al., SSD (2016), section 2.
     """
@@ -120,7 +121,7 @@ class SSD(nn.Module):
             raise ValueError(
                 f"prior_spec has {len(prior_spec.feature_sizes)} levels, but there are {len(sizes)} maps: {sizes}"
             )
-        self.prior_spec = replace(prior_spec, image_size=self.image_size, feature_sizes=sizes)
+        self.prior_spec = prior_spec.resized(self.image_size, sizes)
 
         levels = [(channels, n) for (channels, _, _), n in zip(shapes, prior_spec.per_cell(), strict=True)]
         self.box_heads = nn.ModuleList(head(c, 4 * n) for c, n in levels)

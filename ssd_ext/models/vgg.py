@@ -104,7 +104,9 @@ def ssd300_vgg16(
         num_classes: with background.
         weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
         backbone_weights: a VGG16's file or state dict, trained on ImageNet.
-        image_size: ``(H, W)`` in pixels that images are resized to.
+        image_size: ``(H, W)`` in pixels that images are resized to. At other sizes than 300 x 300 the first four levels
+            of the default ``prior_spec`` keep their steps of 8, 16, 32 and 64 pixels, and the cells of the last two
+            divide the image evenly.
         prior_spec: default: torchvision's.
         **settings: more of :class:`ssd_ext.models.SSD`.
 
@@ -133,7 +135,8 @@ def ssd512_vgg16(
         num_classes: with background.
         weights: a detector's file or state dict; see :func:`ssd_ext.models.load_weights`.
         backbone_weights: a VGG16's file or state dict, trained on ImageNet.
-        image_size: ``(H, W)`` in pixels that images are resized to.
+        image_size: ``(H, W)`` in pixels that images are resized to. The cells of every level of the default
+            ``prior_spec`` divide an image of any size evenly.
         prior_spec: default: those of the released COCO model.
         **settings: more of :class:`ssd_ext.models.SSD`.
 

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ssd_ext import checkpoint
 from ssd_ext.models.ssd import CAFFE_MEAN, CAFFE_STD, IMAGENET_MEAN, IMAGENET_STD, SSD
-from ssd_ext.priors import SSD300_VOC_RELEASED
+from ssd_ext.priors import SSD300_VOC_RELEASED, PriorSpec, Sizes
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 _FEATURES = "backbone.features."  # of a Backbone: what a classifier's weights are for
@@ -132,7 +133,8 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
 
     A detector of another number of classes leaves the model's class heads as they are; ``skipped`` lists its own.
     Either all of this is possible, or the model is unchanged. Detectors of torchvision and amdegroot turn the model's
-    ``antialias`` off: they were trained on images resized without.
+    ``antialias`` off: they were trained on images resized without. The model keeps its priors: there is a warning if a
+    checkpoint was trained with others for the same image size.
 
     Args:
         model: one of :data:`ssd_ext.models.MODELS`, or of another backbone for files of ours.
@@ -154,7 +156,8 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     if convention not in (None, *CONVENTIONS):
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
     where = "state dict" if isinstance(source, Mapping) else os.fspath(source)
-    state = _tensors(source if isinstance(source, Mapping) else checkpoint.load(source), where)
+    loaded = source if isinstance(source, Mapping) else checkpoint.load(source)
+    state = _tensors(loaded, where)
     layout = _own_backbone(model, state) or _known_layout(state)
     if layout is None:
         raise ValueError(f"{where}: not the weights of a known layout, with keys {_some(state)}")
@@ -166,7 +169,7 @@ def load_weights(model: SSD, source: Source, *, convention: str | None = None) -
     model.load_state_dict(ours, strict=False)
     if layout.name in ("torchvision detector", "amdegroot detector"):
         model.antialias = False
-    _warn_of_priors(layout, model)
+    _warn_of_priors(layout, model, loaded, where)
     return LoadReport(
         f"{layout.name}, {convention}" if convention else layout.name, list(ours), skipped, layout.detector
     )
@@ -297,11 +300,48 @@ def _convert(ours: dict[str, Tensor], convention: str, model: SSD, where: str, i
     ours["backbone.features.0.bias"] = bias.double() + (per_colour * (model_mean - mean)).sum((1, 2, 3))
 
 
-def _warn_of_priors(layout: _Layout, model: SSD) -> None:
+class _StoredSpec(PriorSpec):
+    """A spec that weights were trained with, which is kept wherever it puts centres."""
+
+    def _check_centres(self, image_size: tuple[int, int], feature_sizes: Sizes) -> None:
+        pass
+
+
+def stored_spec(**values: Any) -> PriorSpec:
+    """The spec of a checkpoint, with a warning if :class:`ssd_ext.priors.PriorSpec` refuses it for its centres."""
+    kept = _StoredSpec(**values)
+    try:
+        return PriorSpec(**values)
+    except ValueError as error:
+        warnings.warn(f"{error}. It is kept here, because weights were trained with these priors", stacklevel=3)
+        return kept
+
+
+def _trained_priors(loaded: Mapping[str, Any], image_size: tuple[int, int]) -> Tensor | None:
+    """What a checkpoint of this image size was trained with; None if it does not tell."""
+    architecture = loaded.get("architecture")
+    if not isinstance(architecture, Mapping):
+        return None
+    values = architecture.get("prior_spec", architecture.get("priors"))  # the latter in 0.1.0
+    try:
+        spec = _StoredSpec(**values)
+    except (TypeError, ValueError):  # another project's file, or of a later version
+        return None
+    return spec.priors() if tuple(spec.image_size) == image_size else None
+
+
+def _warn_of_priors(layout: _Layout, model: SSD, loaded: Mapping[str, Any], where: str) -> None:
     released = SSD300_VOC_RELEASED.scales
     if layout.name == "amdegroot detector" and model.num_classes == 21 and tuple(model.prior_spec.scales) != released:
         warnings.warn(
             f"amdegroot's VOC weights were trained with priors of the scales {released} (SSD300_VOC_RELEASED), "
             f"the model has {tuple(model.prior_spec.scales)}",
+            stacklevel=3,
+        )
+    trained = _trained_priors(loaded, model.image_size) if layout.detector else None
+    if trained is not None and not torch.equal(trained.to(model.priors), model.priors):
+        warnings.warn(
+            f"{where}: trained with other priors of an image of {model.image_size} than the model's; "
+            "ssd_ext.inference.load_detector builds the model with those of the file",
             stacklevel=3,
         )
