@@ -6,7 +6,6 @@
 #include <map>
 #include <string>
 
-#include "common/page_pool.h"
 #include "common/simd.h"
 
 namespace {
@@ -44,8 +43,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this module was built; no 'cuda' key in a CPU-only build.");
   m.def("simd_level", &ssd_ext::simd_level_name, "Instruction set of the CPU kernels: baseline, avx2 or avx512.");
   m.def("set_simd_level", &ssd_ext::set_simd_level, "Changes it, for tests; ValueError where the CPU lacks it.");
-  m.def("kept_memory", &ssd_ext::page_pool::kept, "Bytes of CPU memory kept for the next large gradient.");
-  m.def("release_memory", &ssd_ext::page_pool::release, "Gives that memory back; returns the bytes.");
 #if defined(SSD_EXT_EMULATE)
   bind_emulator(m.def_submodule("emulator"));
 #endif

@@ -29,13 +29,4 @@ try:
     __version__ = _metadata.version("ssd_ext")
 except _metadata.PackageNotFoundError:
     __version__ = "unknown"  # a tree in which CMake has built, not installed
-__all__ = ["GroundTruth", "MultiBoxLoss", "__version__", "ops", "priors", "reference", "release_memory"]
-
-
-def release_memory() -> int:
-    """Give the system what is kept of CPU memory, and tell how many bytes that was.
-
-    On Linux, a gradient of 8 MB or more by :func:`ssd_ext.ops.multibox_loss` lies in huge pages, and the last two
-    that were freed are kept for the next: touching 90 MB anew in each step would take longer than the whole loss.
-    """
-    return _C.release_memory()
+__all__ = ["GroundTruth", "MultiBoxLoss", "__version__", "ops", "priors", "reference"]

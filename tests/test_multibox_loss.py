@@ -1,6 +1,7 @@
 """multibox_loss and MultiBoxLoss beyond what the generic suite asks of every op."""
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from test_detect import memory_peak
 from test_ops import assert_same_bits
 
-import ssd_ext
 from opinfo.inputs import ssd300_priors, synthetic_gts
 from opinfo.multibox_loss import MULTIBOX_LOSS
 from opinfo.spec import FLOATS, close, convert
@@ -362,39 +362,6 @@ def test_module_validates_labels():
         MultiBoxLoss(torch.tensor([[0.3, 0.3, 0.4, 0.4]]), validate=True)(*heads, one)
 
 
-def large_gradient(classes=81):
-    inputs = MULTIBOX_LOSS.scaling(8)
-    inputs["logits"] = inputs["logits"][..., :classes].contiguous()
-    inputs["target_labels"].clamp_(max=classes - 1)
-    return gradients(ops.multibox_loss, **inputs)[1]
-
-
-def test_memory_of_a_large_gradient_is_kept_for_the_next_one():
-    _C.release_memory()
-    first = large_gradient()
-    expected, address = first.clone(), first.data_ptr()
-    assert _C.kept_memory() == 0
-    second = large_gradient()  # while the first is in use
-    assert second.data_ptr() != address
-    assert torch.equal(second, expected)
-    first.fill_(math.nan)
-    del first
-    assert _C.kept_memory() >= expected.nbytes
-    third = large_gradient()
-    assert third.data_ptr() == address
-    assert torch.equal(third, expected)
-    del second, third
-    both = _C.kept_memory()
-    assert 2 * expected.nbytes <= both < 2.1 * expected.nbytes
-    small = large_gradient(classes=33)
-    assert _C.kept_memory() == both, "a block of more than twice the size is left to those who need it"
-    del small
-    assert 0 < _C.kept_memory() < both, "the oldest of three goes"
-    assert ssd_ext.release_memory() > 0
-    assert _C.kept_memory() == 0
-    assert ssd_ext.release_memory() == 0
-
-
 def test_a_large_gradient_has_the_layout_of_its_logits():
     inputs = MULTIBOX_LOSS.scaling(4)
     for logits in (inputs["logits"].transpose(1, 2).contiguous().transpose(1, 2), inputs["logits"][:, :, ::2]):
@@ -404,30 +371,36 @@ def test_a_large_gradient_has_the_layout_of_its_logits():
         assert torch.equal(found, gradients(ops.multibox_loss, **{**case, "logits": logits.contiguous()})[1])
 
 
-def test_both_gradients_of_a_large_batch_keep_their_memory():
-    _C.release_memory()
-    inputs = MULTIBOX_LOSS.scaling(64)
-    inputs = {
-        **inputs,
-        "logits": inputs["logits"][..., :21].contiguous(),
-        "target_labels": inputs["target_labels"].clamp(max=20),
-    }
-    addresses = []
-    for _ in range(3):
-        for_deltas, for_logits = gradients(ops.multibox_loss, **inputs)
-        addresses.append((for_deltas.data_ptr(), for_logits.data_ptr()))
-        if len(addresses) == 1:
-            del for_logits, for_deltas
-        else:
-            del for_deltas, for_logits
-    assert len(set(addresses)) == 1
-    _C.release_memory()
+def mapping_flags(address):
+    """Linux's flags of the mapping that holds this address."""
+    held = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            held = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif held and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:x}")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_a_large_gradient_may_have_huge_pages(layout):
+    inputs = MULTIBOX_LOSS.scaling(32)
+    if layout == "strided":
+        inputs["logits"] = inputs["logits"].transpose(1, 2).contiguous().transpose(1, 2)
+    _, found = gradients(ops.multibox_loss, **inputs)
+    begin, huge = found.data_ptr(), 2 << 20
+    first = -(-begin // huge) * huge
+    last = (begin + found.nbytes) // huge * huge - 1
+    assert "hg" in mapping_flags(first)
+    assert "hg" in mapping_flags(last)
+    assert begin == first or "hg" not in mapping_flags(begin), "what is beside it keeps its pages"
 
 
 SHORT_OF_MEMORY = """
 import resource, torch
 from pathlib import Path
-from ssd_ext import _C, ops
+from ssd_ext import ops
 
 torch.set_num_threads(2)
 inputs = {
@@ -441,21 +414,6 @@ def leave(mebibytes):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (mebibytes << 20), -1))
 
-"""
-
-
-# With a threshold of its own, malloc() maps large blocks one by one, and gives them back.
-needs_malloc = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists() or "sanitizers" in _C.build_info(), reason="needs Linux and its malloc"
-)
-
-
-@needs_malloc
-def test_memory_that_runs_out_in_a_thread_is_an_error(python):
-    done = python(
-        "-c",
-        SHORT_OF_MEMORY
-        + """
 ops.multibox_loss(**inputs)
 leave(12)  # ranks take 8, the lists of an image 24
 try:
@@ -463,39 +421,23 @@ try:
 except MemoryError:
     leave(1000)
     print(sum(ops.multibox_loss(**inputs)).item())
-""",
-        MALLOC_MMAP_THRESHOLD_="1000000",
-    )
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists() or "sanitizers" in _C.build_info(), reason="needs Linux and its malloc"
+)
+def test_memory_that_runs_out_in_a_thread_is_an_error(python):
+    # With a threshold of its own, malloc() maps large blocks one by one, and gives them back.
+    done = python("-c", SHORT_OF_MEMORY, MALLOC_MMAP_THRESHOLD_="1000000")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 1
-
-
-@needs_malloc
-def test_a_gradient_where_no_pages_can_be_kept(python):
-    done = python(
-        "-c",
-        SHORT_OF_MEMORY
-        + """
-(expected,) = torch.autograd.grad(sum(ops.multibox_loss(**inputs)), inputs["logits"])
-loss = sum(ops.multibox_loss(**inputs))
-leave(36)  # the gradient takes 23, its pages would take as much again
-(found,) = torch.autograd.grad(loss, inputs["logits"])
-assert torch.equal(found, expected)
-_C.release_memory()
-del found
-print(_C.kept_memory())
-""",
-        MALLOC_MMAP_THRESHOLD_="1000000",
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "0\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.skipif("sanitizers" in _C.build_info(), reason="a sanitizer keeps freed memory")
 def test_memory_is_bounded(threads):
     inputs = MULTIBOX_LOSS.scaling(32)
-    _C.release_memory()
     threads(2)
     ops.multibox_loss(**inputs)
     assert memory_peak(lambda: ops.multibox_loss(**inputs)) < 2e6
@@ -503,7 +445,6 @@ def test_memory_is_bounded(threads):
     made = []
     peak = memory_peak(lambda: made.extend(torch.autograd.grad(sum(ops.multibox_loss(**inputs)), leaves)))
     assert peak < sum(t.nbytes for t in made) + 2e6
-    _C.release_memory()
 
 
 @settings(max_examples=60, deadline=None)

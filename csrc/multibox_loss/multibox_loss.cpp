@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "common/page_pool.h"
 #include "common/tensor.h"
 
 namespace ssd_ext {
@@ -201,11 +200,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
 Tensor zeros_like(const Tensor& like) {
   Tensor gradient = new_output_like(like);
   const int64_t bytes = gradient.numel() * gradient.element_size();
-  if (void* data = size_t(bytes) >= page_pool::kLeastBytes ? page_pool::take(bytes) : nullptr) {
-    // What torch has allocated was never touched: it only tells the layout.
-    gradient = torch::stable::from_blob(data, gradient.sizes(), gradient.strides(), gradient.device(),
-                                        gradient.scalar_type(), &page_pool::give_back);
-  }
   char* p = static_cast<char*>(gradient.mutable_data_ptr());
   parallel_for(bytes, kGrainBytes, [&](int64_t begin, int64_t end) { memset(p + begin, 0, end - begin); });
   return gradient;

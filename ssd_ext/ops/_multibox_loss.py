@@ -64,8 +64,7 @@ def multibox_loss(
     Differentiable in ``deltas`` and ``logits``, once, in reverse mode, also by ``torch.func`` as :func:`encode` is.
 
     Memory beside inputs and gradients: 4 bytes a prior, 8 with float64; on the CPU also 24 (32) bytes for each prior
-    of one image, for each thread. There the memory of large gradients is kept for the next ones: see
-    :func:`ssd_ext.release_memory`.
+    of one image, for each thread.
 
     Raises:
         ValueError: wrong shape, dtype or device; a ``neg_to_pos_ratio`` or ``beta`` that is negative or not finite, an
