@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from opinfo.inputs import random_boxes, ssd300_priors
+from opinfo.inputs import extreme_boxes, random_boxes, ssd300_priors
 from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
@@ -121,6 +121,10 @@ def _hostile_boxes(g):
     return {"boxes1": boxes, "boxes2": boxes.flip(0)}
 
 
+def _extreme(g):
+    return {"boxes1": extreme_boxes(), "boxes2": extreme_boxes().flip(0)}
+
+
 def _iou_of(a, b):
     return lambda: {"boxes1": a, "boxes2": b}
 
@@ -137,6 +141,7 @@ BOX_IOU = OpInfo(
         Case("N=0 M=5", _pairs(0, 5)),
         Case("N=5 M=0", _pairs(5, 0)),
         Case("hostile", _hostile_boxes, dtypes=(torch.float32,), peers=False),
+        Case("extreme", _extreme, dtypes=(torch.float32,), oracle=torch.float32, peers=False),
         Case("N=100 M=8732", _pairs(100, 8732), benchmark=True, quick=True),
         Case("N=1000 M=1000", _pairs(1000, 1000), benchmark=True),
     ],

@@ -5,7 +5,7 @@ import math
 import torch
 
 from opinfo.compare import detect as compare
-from opinfo.inputs import random_boxes, ssd300_priors
+from opinfo.inputs import extreme_boxes, random_boxes, ssd300_priors
 from opinfo.spec import EXACT, FLOATS, Case, ErrorCase, OpInfo
 from ssd_ext import ops, priors, reference
 
@@ -133,6 +133,15 @@ def _strange_priors(inputs):
     p[4, 2:] *= -1
 
 
+def _extreme(g):
+    boxes = extreme_boxes()
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    inputs = _random(2, len(boxes), 4, g, background=0.0)
+    inputs["priors"] = torch.cat([centres, boxes[:, 2:] - boxes[:, :2]], 1)
+    inputs["deltas"] *= 0.1
+    return inputs
+
+
 def _by_class(inputs):
     inputs["logits"] = inputs["logits"].mT.contiguous().mT
 
@@ -206,6 +215,7 @@ _SMALL = [
     ),
     _case("NaN, infinite and negative priors", 2, 60, 5, 1.0, change=_strange_priors),
     _case("negative coordinates", 2, 80, 5, 2.0, change=_negative),
+    Case("extreme", _extreme, dtypes=(torch.float32,), oracle=torch.float32, peers=False),
     _case("other variances", 2, 80, 5, 2.0, variances=(1.0, 0.5)),
     _case("logits [B, C, P]", 2, 100, 21, change=_by_class, dtypes=FLOATS, peers=True, **_UNIT),
     _case("strided", 2, 60, 9, change=_strided, dtypes=FLOATS),

@@ -25,6 +25,34 @@ def random_boxes(n: int, g: torch.Generator, low: float = 0.02, high: float = 0.
     return torch.cat([center - size / 2, center + size / 2], 1)
 
 
+# From where float32 does not hold the area any more (0 up to 2.6e-23; infinite from 1.85e19, that of a sum of two from
+# 1.31e19), or only as a subnormal number (below 1.1e-19), on to where it does.
+EXTREME_SIDES = (
+    1e-23,
+    2.6e-23,
+    2.7e-23,
+    4e-23,
+    1e-22,
+    1e-20,
+    1.2e-19,
+    1.0,
+    1e19,
+    1.3e19,
+    1.31e19,
+    1.84e19,
+    1.85e19,
+    1e38,
+)
+
+
+def extreme_boxes() -> Tensor:
+    """``[48, 4]`` corners of finite sides: squares of these, each with one of half its width and one shifted."""
+    rows = [[0, 0, s, s] for s in EXTREME_SIDES] + [[0, 0, s / 2, s] for s in EXTREME_SIDES]
+    rows += [[s / 8, 0, s + s / 8, s] for s in EXTREME_SIDES]
+    rows += [[0, 0, 1e-30, 1e30], [0, 0, 1e30, 1e-30], [0, 0, 1e30, 1e10], [-1e19, -1e19, 1e19, 1e19]]
+    return torch.tensor([*rows, [0, 0, 3e38, 1e-38], [-1e38, 0, 1e38, 1]])
+
+
 def synthetic_gts(batch: int, g: torch.Generator, most: int = 60, mean: float = 7) -> tuple[list[Tensor], list[Tensor]]:
     """COCO-like ground truth: 1 to ``most`` boxes an image, geometric with about ``mean``; labels 1..80."""
     counts = torch.empty(batch).geometric_(1 / mean, generator=g).clamp(max=most).long().tolist()

@@ -6,7 +6,7 @@ import math
 import torch
 
 from opinfo.compare import matching as compare
-from opinfo.inputs import coco_gts, random_boxes, ssd300_priors, synthetic_gts
+from opinfo.inputs import coco_gts, extreme_boxes, random_boxes, ssd300_priors, synthetic_gts
 from opinfo.spec import EXACT, Case, ErrorCase, OpInfo
 from ssd_ext import GroundTruth, ops, reference
 
@@ -117,6 +117,13 @@ def _padding(g):
     return {**inputs, "ground_truth": GroundTruth(torch.cat([boxes, padding]), labels, offsets)}
 
 
+def _extreme(g):
+    """Ground truth and priors of the same boxes in two orders, of which only those in float32's range match."""
+    boxes = extreme_boxes()
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return _inputs([boxes, boxes.flip(0)[:9]], torch.cat([centres, boxes[:, 2:] - boxes[:, :2]], 1), force="none")
+
+
 def _ssd300(batch, kind, **more):
     def make(g):
         boxes, labels = coco_gts(batch) if kind == "coco" else synthetic_gts(batch, g)
@@ -162,6 +169,8 @@ _SMALL = [
     Case("one best prior, last", lambda g: {**_one_best_prior(g), "force": "last"}),
     Case("exactly at the thresholds", _exactly_at_threshold),
     Case("negative coordinates", _in_pixels),
+    Case("extreme", _extreme, dtypes=(torch.float32,), oracle=torch.float32),
+    Case("extreme, last", lambda g: {**_extreme(g), "force": "last"}, dtypes=(torch.float32,), oracle=torch.float32),
     Case("threshold 0", _at_zero_threshold),
     Case("threshold 0, none met", _meeting_none),
 ]

@@ -6,7 +6,7 @@ import math
 import torch
 
 from opinfo.compare import nms as compare
-from opinfo.inputs import detector_candidates, distinct_scores, random_boxes
+from opinfo.inputs import detector_candidates, distinct_scores, extreme_boxes, random_boxes
 from opinfo.spec import EXACT, Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
@@ -76,6 +76,11 @@ def _denormal_areas(g):
     return {"boxes": boxes, "scores": torch.rand(64, generator=g), "iou_threshold": 0.3}
 
 
+def _extreme(g):
+    boxes = extreme_boxes().repeat(3, 1)
+    return {"boxes": boxes, "scores": distinct_scores(len(boxes), g), "iou_threshold": 0.4}
+
+
 def _negative(g):
     boxes, scores = detector_candidates(80, g)
     return {"boxes": boxes * 600 - 1000, "scores": scores - 0.5, "iou_threshold": 0.45}
@@ -97,6 +102,7 @@ _SMALL = [
     Case("exactly at the threshold", _exactly_at_threshold),
     Case("hostile", _hostile, peers=False),
     Case("denormal areas", _denormal_areas, dtypes=(torch.float32,), peers=False),
+    Case("extreme", _extreme, dtypes=(torch.float32,), oracle=torch.float32, peers=False),
     Case("negative coordinates", _negative, dtypes=EXACT),
 ]
 

@@ -1,12 +1,13 @@
 """soft_nms, soft_nms_padded."""
 
+import dataclasses
 import functools
 import math
 
 import torch
 
 from opinfo.compare import soft_nms as compare
-from opinfo.inputs import detector_candidates, random_boxes
+from opinfo.inputs import detector_candidates, distinct_scores, extreme_boxes, random_boxes
 from opinfo.spec import Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
@@ -41,6 +42,11 @@ def _hostile(g):
     scores[11] = math.inf
     boxes[12] = torch.tensor([-3e18, -3e18, 3e18, 3e18])
     return inputs
+
+
+def _extreme(g):
+    boxes = extreme_boxes().repeat(2, 1)
+    return {"boxes": boxes, "scores": distinct_scores(len(boxes), g)}
 
 
 def _identical(g):
@@ -104,6 +110,7 @@ CASES = [
     *_case("identical boxes and scores", _identical_equal),
     *_case("negative coordinates", _shifted),
     *_case("hostile", _hostile),
+    *(dataclasses.replace(c, dtypes=(torch.float32,), oracle=torch.float32) for c in _case("extreme", _extreme)),
     *_case("all NaN", _all_nan),
     *_case("negative scores", _negative_scores, score_threshold=-0.4),
     *_case("zeros of both signs", _zeros, score_threshold=-1.0),

@@ -28,6 +28,7 @@ class Case:
 
     name: str
     make: Callable[[torch.Generator], Inputs]
+    oracle: torch.dtype = torch.float64  # in which the reference computes: float32 where its range is what is tested
     benchmark: bool = False  # large, timed by benchmarks/run.py (and a slow test)
     quick: bool = False  # of those, part of `run.py --quick`
     dtypes: tuple[torch.dtype, ...] = FLOATS  # those in which the input makes sense

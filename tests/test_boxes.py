@@ -115,6 +115,48 @@ def test_iou_of_boxes_too_large_for_their_dtype_is_zero(device):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "side", "with_itself", "with_half"),
+    [
+        (torch.float32, 1e38, 0.0, 0.0),
+        (torch.float32, 1.85e19, 0.0, 0.0),  # its area is infinite
+        (torch.float32, 1.84e19, 0.0, 0.0),  # its area and half of that have an infinite sum
+        (torch.float32, 1.31e19, 0.0, 0.5),  # twice its area is infinite
+        (torch.float32, 1.3e19, 1.0, 0.5),
+        (torch.float32, 1.2e-19, 1.0, 0.5),
+        (torch.float32, 4e-23, 1.0, 1.0),  # both areas round to the least number there is
+        (torch.float32, 2.6e-23, 0.0, 0.0),  # its area rounds to 0
+        (torch.float64, 1.35e154, 0.0, 0.0),
+        (torch.float64, 1.3e154, 0.0, 0.0),
+        (torch.float64, 9.5e153, 0.0, 0.5),
+        (torch.float64, 9.4e153, 1.0, 0.5),
+        (torch.float64, 1.6e-154, 1.0, 0.5),
+        (torch.float64, 1.5e-162, 0.0, 0.0),
+        (torch.bfloat16, 1.31e19, 0.0, 0.5),
+        (torch.bfloat16, 2.5e-23, 0.0, 0.0),
+        (torch.float16, 60000.0, 1.0, 0.5),
+        (torch.float16, 6e-8, 1.0, 1.0),  # float32 holds the areas; half of the least float16 rounds to it or to 0
+    ],
+)
+def test_iou_where_areas_leave_the_range(dtype, side, with_itself, with_half, device):
+    whole = torch.tensor([[0, 0, side, side]], dtype=dtype, device=device)
+    half = torch.tensor([[0, 0, side / 2, side]], dtype=dtype, device=device)
+    assert ops.box_iou(whole, whole).item() == with_itself
+    assert ops.box_iou(whole, half).item() == pytest.approx(with_half)
+    scores = torch.tensor([0.9, 0.8], dtype=dtype, device=device)
+    both = torch.cat([whole, whole])
+    assert ops.nms(both, scores, 0.5).tolist() == ([0] if with_itself else [0, 1])
+    assert len(ops.soft_nms(both, scores, score_threshold=0.5)[0]) == (1 if with_itself else 2)
+
+
+def test_coding_has_no_areas(device):
+    side = torch.tensor([1e38, 1.85e19, 1e-23, 1e-30], device=device)[:, None]
+    boxes = side * torch.tensor([0.0, 0.0, 1.0, 1.0], device=device)
+    priors = side * torch.tensor([0.5, 0.5, 1.0, 1.0], device=device)
+    assert torch.equal(ops.encode(boxes, priors), torch.zeros_like(boxes))
+    assert torch.equal(ops.decode(torch.zeros_like(boxes), priors), boxes)
+
+
+@pytest.mark.parametrize(
     ("dtypes", "message"),
     [
         ((torch.bool, torch.bool), "boxes1 must be float32, float64, float16 or bfloat16, got bool"),

@@ -78,12 +78,32 @@ def test_agrees_with_float64_reference(op, case, device, generator):
         inputs = convert(made, dtype)
         before = map_tensors(inputs, torch.clone)
         result = op.op(**convert(inputs, device=device))
-        expected = exact[0] if exact and dtype in EXACT else op.reference(**convert(inputs, torch.float64))
+        expected = exact[0] if exact and dtype in EXACT else op.reference(**convert(inputs, case.oracle))
         if dtype in EXACT:
             exact.append(expected)
         wrong = op.mismatch(inputs, result, expected)
         assert wrong is None, f"{dtype}: {wrong}"
         assert_same_bits(inputs, before)
+
+
+@pytest.fixture
+def flush(threads):
+    """In this thread, numbers next to 0 are 0."""
+    threads(1)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("a CPU that does not flush")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(("op", "case"), [c for c in CASES if c.values[1].oracle == torch.float32])
+def test_flushes_as_the_reference(op, case, flush, simd, generator):
+    inputs = case.make(generator)
+    expected = op.reference(**inputs)
+    for level in SIMD_LEVELS:
+        simd(level)
+        wrong = op.mismatch(inputs, op.op(**inputs), expected)
+        assert wrong is None, f"{level}: {wrong}"
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)

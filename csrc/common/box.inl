@@ -45,6 +45,7 @@ SSD_EXT_HD auto may_meet(const Box<V>& a, const Box<V>& b) {
 template <class T>
 struct OverlapShares {
   static constexpr T kTiny = T(1e-30);  // areas below which products may be denormal numbers, and round too coarsely
+  static constexpr T kHuge = T(1e31);   // above this, the sum of two areas may be infinite, and their IoU 0
   T likely;
 
   SSD_EXT_HD explicit OverlapShares(T threshold) {
@@ -53,10 +54,11 @@ struct OverlapShares {
   }
 
   SSD_EXT_HD T of(const Box<T>& b) const { return likely * area(b); }
-  // Of one of the two boxes. If its area is tiny, every quotient is taken.
+  // Of one of the two boxes. If its area is tiny or huge, every quotient is taken. Otherwise an infinite sum is due to
+  // the other box, of which the share alone exceeds the intersection: it is at least a millionth.
   SSD_EXT_HD T of_query(const Box<T>& b) const {
-    const T share = of(b);
-    return area(b) < kTiny ? -std::numeric_limits<T>::infinity() : share;
+    const T share = of(b), size = area(b);
+    return size < kTiny || size > kHuge ? -std::numeric_limits<T>::infinity() : share;
   }
 };
 

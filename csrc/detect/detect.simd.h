@@ -62,8 +62,11 @@ struct Floors {
 
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-  // The least score above the threshold.
-  static T least(const detect::Inputs& in) { return std::nextafter(T(in.params.score_threshold), kInfinity); }
+  // The least score above the threshold: a normal number for a thread that takes others for 0 (set_flush_denormal).
+  static T least(const detect::Inputs& in) {
+    const T threshold = T(in.params.score_threshold), next = std::nextafter(threshold, kInfinity);
+    return next > threshold ? next : std::numeric_limits<T>::min();
+  }
 
   void set_all(const detect::Inputs& in, T floor) {
     for (int64_t c = in.params.sigmoid ? 0 : 1; c < in.sizes.classes; ++c) of_class[c] = floor;

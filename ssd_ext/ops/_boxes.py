@@ -86,7 +86,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Returns:
         ``[N, M]`` in 0..1, in the dtype of the boxes, or float32 for integers. A box with a NaN or infinite
-        coordinate, or without area, has IoU 0 with everything (torchvision gives NaN).
+        coordinate, or without area, has IoU 0 with everything (torchvision gives NaN), and so has one whose
+        area their type does not hold, in float32 a square of sides from 1.85e19 or below 2.7e-23.
 
     Not differentiable; for a loss, use torchvision's ``generalized_box_iou_loss`` and its kin.
 
