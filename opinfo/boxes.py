@@ -5,7 +5,7 @@ import math
 import torch
 
 from opinfo.inputs import extreme_boxes, random_boxes, ssd300_priors
-from opinfo.spec import Case, ErrorCase, OpInfo
+from opinfo.spec import HALVES, Case, ErrorCase, OpInfo
 from ssd_ext import ops, reference
 
 
@@ -34,6 +34,10 @@ def _coding_cases(key, make_rows):
     def expanded(g):
         return {key: make_rows((), 5, g).expand(4, 5, 4), "priors": _priors(1, g).expand(5, 4)}
 
+    mixes = [{key: dtype} for dtype in (*HALVES, torch.float64)]
+    mixes += [{key: dtype, "priors": torch.float64} for dtype in (torch.float32, *HALVES)]
+    mixes += [{"priors": torch.bfloat16}, {key: torch.float16, "priors": torch.bfloat16}]
+
     return [
         case("no batch dimension", (), 7),
         case("two batch dimensions", (2, 3), 33),
@@ -43,6 +47,7 @@ def _coding_cases(key, make_rows):
         case("B=0", (0,), 7, peers=False, smooth=False),
         Case("strided", strided),
         Case("expanded", expanded),
+        case("dtypes mixed", (2,), 33, dtypes=tuple(mixes), smooth=False),
         on_priors("SSD300 B=1", 1),
         on_priors("SSD300 B=8", 8, quick=True),
         on_priors("SSD300 B=32", 32),
@@ -60,8 +65,8 @@ def _coding_errors(key):
         ErrorCase("no rows", lambda: {key: rows[0, 0], "priors": priors}, rf"{key} must be .* got \[4\]"),
         ErrorCase("P differs", lambda: {key: rows[:, :4], "priors": priors}, r"\[\.\.\., 5, 4\].*got \[2, 4, 4\]"),
         ErrorCase("priors", lambda: {key: rows, "priors": priors[0]}, r"priors must be \[P, 4\], got \[4\]"),
-        ErrorCase("dtypes mixed", lambda: {key: rows, "priors": priors.double()}, r"float32, got float64"),
-        ErrorCase("integers", lambda: {key: rows.long(), "priors": priors}, r"bfloat16, got int64"),
+        ErrorCase("integers", lambda: {key: rows.long(), "priors": priors}, rf"{key} must be .*bfloat16, got int64"),
+        ErrorCase("priors of integers", lambda: {key: rows, "priors": priors.int()}, r"priors must be .* got int32"),
         ErrorCase("one variance", lambda: {key: rows, "priors": priors, "variances": (0.1,)}, r"got 1 values"),
         ErrorCase("zero variance", lambda: {key: rows, "priors": priors, "variances": (0.1, 0.0)}, r"got \(0.1, 0\)"),
     ]

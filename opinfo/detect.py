@@ -6,7 +6,7 @@ import torch
 
 from opinfo.compare import detect as compare
 from opinfo.inputs import extreme_boxes, random_boxes, ssd300_priors
-from opinfo.spec import EXACT, FLOATS, Case, ErrorCase, OpInfo
+from opinfo.spec import EXACT, FLOATS, HALVES, Case, ErrorCase, OpInfo
 from ssd_ext import ops, priors, reference
 
 PIXELS = 300.0
@@ -142,6 +142,10 @@ def _extreme(g):
     return inputs
 
 
+def _pixels(inputs):
+    inputs["priors"] *= 1333
+
+
 def _by_class(inputs):
     inputs["logits"] = inputs["logits"].mT.contiguous().mT
 
@@ -157,6 +161,15 @@ def _expanded(inputs):
     inputs["logits"] = inputs["logits"][:1].expand_as(inputs["logits"])
 
 
+# The kernels for few and for many rows, which read logits in their own dtype, in all that are computed in float64.
+_WITH_FLOAT64 = ({"priors": torch.float64}, *({"logits": dtype, "deltas": torch.float64} for dtype in HALVES))
+_MIXES = (
+    *({"deltas": dtype, "logits": dtype} for dtype in HALVES),  # a network in half precision, priors in float32
+    {"deltas": torch.float16, "logits": torch.bfloat16, "priors": torch.float16},
+    {"logits": torch.bfloat16},
+    {"logits": torch.float64, "priors": torch.float16},
+    *_WITH_FLOAT64,
+)
 _EVERY_CLASS = {"class_agnostic": True, "score_threshold": 0.001}
 _WANT_ALL = {"iou_threshold": 0.9, "max_detections": 1000}
 _UNIT = {"window": (0.0, 0.0, 1.0, 1.0)}
@@ -172,7 +185,11 @@ _SMALL = [
     _case("P=1", 3, 1, 6, 0.0),
     _case("P=0", 2, 0, 6),
     _case("B=0", 0, 20, 6),
-    _case("B=19, 17,000 rows", 19, 901, 3, 8.0, dtypes=(torch.float32,)),
+    _case("B=19, 17,000 rows", 19, 901, 3, 8.0, dtypes=(torch.float32, *_WITH_FLOAT64)),
+    _case("dtypes mixed", 2, 60, 5, 6.0, dtypes=_MIXES, **_UNIT),
+    _case("dtypes mixed, untrained", 1, 300, 17, 0.0, dtypes=_MIXES[:2], topk_per_class=60, max_detections=50),
+    # Its edges are no halves: 777 and 1333 are 776 and 1336 in bfloat16.
+    _case("halves, clipped", 2, 60, 5, 3.0, dtypes=FLOATS, change=_pixels, window=(0.3, 1.7, 1333.0, 777.0)),
     # More priors than the GPU keeps scores of in shared memory, and more candidates than its lists hold.
     _case("P=24564", 1, 24564, 3, 8.0, dtypes=(torch.float32,), topk_per_class=20),
     _case("no candidate", 2, 60, 5, 30.0, dtypes=FLOATS),
@@ -262,8 +279,9 @@ DETECT = OpInfo(
         ErrorCase("one image", _call(logits=torch.rand(3, 5)), r"logits must be \[B, P, C\].* got \[3, 5\]"),
         ErrorCase("B of deltas", _call(deltas=torch.rand(1, 3, 4)), r"B = 2 and P = 3, got \[1, 3, 4\]"),
         ErrorCase("deltas", _call(deltas=torch.rand(2, 3, 5)), r"deltas must be \[B, P, 4\].* got \[2, 3, 5\]"),
-        ErrorCase("dtypes mixed", _call(logits=torch.rand(2, 3, 5).double()), r"dtype of deltas, float32, got float64"),
         ErrorCase("integers", _call(deltas=torch.ones(2, 3, 4).long()), r"deltas must be float32.* got int64"),
+        ErrorCase("logits of integers", _call(logits=torch.ones(2, 3, 5).int()), r"logits must be float32.* got int32"),
+        ErrorCase("priors of bools", _call(priors=torch.ones(3, 4) > 0), r"priors must be float32.* got bool"),
         ErrorCase("too many logits", _huge, r"at most 2147479551 elements an image, got \[1, 1073741824, 3\]"),
         ErrorCase("score threshold", _call(score_threshold=-0.1), r"score_threshold must be in \[0, 1\], got -0.1"),
         ErrorCase("score threshold NaN", _call(score_threshold=math.nan), r"score_threshold must be in \[0, 1\]"),

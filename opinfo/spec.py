@@ -19,6 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, tor
 FULL_SIZE = 8732  # priors of SSD300: many blocks of every kernel
 
 Inputs = dict[str, Any]  # keyword arguments of the op
+Mix = dict[str, torch.dtype]  # the dtypes of single arguments; the others stay as they were made
 Call = Callable[[], Any]  # a contender with its inputs bound
 
 
@@ -31,11 +32,16 @@ class Case:
     oracle: torch.dtype = torch.float64  # in which the reference computes: float32 where its range is what is tested
     benchmark: bool = False  # large, timed by benchmarks/run.py (and a slow test)
     quick: bool = False  # of those, part of `run.py --quick`
-    dtypes: tuple[torch.dtype, ...] = FLOATS  # those in which the input makes sense
+    dtypes: tuple[torch.dtype | Mix, ...] = FLOATS  # those in which the input makes sense
     backward: bool = False  # the benchmark times the gradients of the outputs' sum with it
     # False: finite differences mean nothing, at a kink or a jump of the op, of numbers that are not finite, or of none.
     smooth: bool = True
     peers: bool = True  # False: peers crash on it or give another answer (empty, NaN, a rule of ours)
+
+    @property
+    def mixes(self) -> list[Mix]:
+        """Those of ``dtypes`` that differ between arguments."""
+        return [dtype for dtype in self.dtypes if isinstance(dtype, dict)]
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,10 @@ def map_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def convert(value: Any, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
-    """The same nest with floating tensors in ``dtype`` and all tensors on ``device``."""
+def convert(value: Any, dtype: torch.dtype | Mix | None = None, device: str | torch.device | None = None) -> Any:
+    """The same nest with floating tensors in ``dtype``, each argument in its own of a mix, and all on ``device``."""
+    if isinstance(dtype, dict):
+        return {name: convert(argument, dtype.get(name), device) for name, argument in value.items()}
     return map_tensors(value, lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
 

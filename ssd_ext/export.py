@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd_ext.ops._library import define, fake
+from ssd_ext.ops._library import define, fake, promoted
 from ssd_ext.reference.boxes import decode
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _detect(
     """
     if len(priors) == 0:
         raise ValueError("ONNX takes no detector without priors")
-    dtype = logits.dtype
+    dtype = promoted(deltas, logits, priors)
     boxes = decode(
         deltas.float(), priors.float(), variances=(variances[0], variances[1]), bbox_xform_clip=bbox_xform_clip
     )

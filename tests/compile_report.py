@@ -39,11 +39,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = "sm_90"
 MOST_THREADS = 2048  # of a multiprocessor
 
-# Where the design moves four values at once: of the tensors' type (T: 16 bytes, halves 8), or of the
-# type that it is computed in (C: 16 bytes).
+# Where the design moves four values at once: of the tensors' type (T: 16 bytes, halves 8), of the outputs' where that
+# is the kernel's last type (O), or of the type that it is computed in (C: 16 bytes).
 WIDE = {
-    "boxes::encode_kernel": "LDG:T STG:T",
-    "boxes::decode_kernel": "LDG:T STG:T",
+    "boxes::encode_kernel": "LDG:T STG:O",
+    "boxes::decode_kernel": "LDG:T STG:O",
     "boxes::box_iou_kernel": "LDG:T",
     "matching::match_kernel": "LDG:T STG:T LDS:C STS:C",
     "nms::chunk_kernel": "LDG:T LDS:C STS:C",
@@ -304,7 +304,8 @@ def faults(kernel):
         offsets[i.name, i.bytes, base].add(offset)
     for claim in WIDE.get(kernel.template, "").split():
         instruction, of = claim.split(":")
-        wide = 8 if of == "T" and kernel.is_half else 16
+        is_half = kernel.is_half if of == "T" else of == "O" and kernel.name.endswith(("half>", "bfloat16>"))
+        wide = 8 if is_half else 16
         if not any((instruction, wide) == key[:2] for key in offsets):
             yield f"has no {instruction} of {wide} bytes"
     one_by_one = {

@@ -1,10 +1,12 @@
 """What encode, decode and box_iou do beyond the generic suite."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
+from opinfo.spec import FLOATS
 from ssd_ext import ops
 
 
@@ -73,12 +75,41 @@ def test_clip_bounds_the_size():
     assert torch.isinf(ops.decode(deltas * 10, priors, bbox_xform_clip=math.inf)).any()
 
 
-def test_half_computes_in_float32(generator):
-    priors = torch.rand(50, 4, generator=generator) + 0.1
-    deltas = torch.randn(2, 50, 4, generator=generator)
-    for dtype in (torch.float16, torch.bfloat16):
-        d, p = deltas.to(dtype), priors.to(dtype)
-        assert torch.equal(ops.decode(d, p), ops.decode(d.float(), p.float()).to(dtype))
+@pytest.mark.parametrize("op", [ops.encode, ops.decode])
+def test_any_mix_of_dtypes_is_computed_as_wide_as_it_promotes_to(op, device, generator):
+    priors = torch.rand(50, 4, generator=generator, dtype=torch.float64) + 0.1
+    rows = torch.randn(2, 50, 4, generator=generator, dtype=torch.float64).sort().values
+    for dtypes in itertools.product(FLOATS, FLOATS):
+        r, p = rows.to(device, dtypes[0]), priors.to(device, dtypes[1])
+        promoted = torch.promote_types(*dtypes)
+        computed = torch.promote_types(promoted, torch.float32)
+        result = op(r, p)
+        assert result.dtype == promoted
+        assert torch.equal(result, op(r.to(computed), p.to(computed)).to(promoted))
+
+
+def test_priors_in_float32_beside_deltas_in_half_lose_nothing(device):
+    priors = torch.tensor([[1331.0, 777.0, 3.0, 5.0]], device=device)  # 1328, 776 in bfloat16
+    deltas = torch.zeros(1, 1, 4, dtype=torch.bfloat16, device=device)
+    assert ops.decode(deltas, priors).tolist() == [[[1329.5, 774.5, 1332.5, 779.5]]]
+    boxes = torch.tensor([[[1320.0, 772.0, 1336.0, 784.0]]], dtype=torch.bfloat16, device=device)
+    expected = [-10.0, 2.0, 5 * math.log(16 / 3), 5 * math.log(12 / 5)]
+    assert ops.encode(boxes, priors).flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("op", [ops.encode, ops.decode])
+def test_gradients_of_mixed_dtypes(op, device, generator):
+    """Of the dtype of the input that they are of, and computed as wide as the op computes."""
+    priors = torch.rand(9, 4, generator=generator, dtype=torch.float64).to(device) + 0.1
+    rows = torch.randn(2, 9, 4, generator=generator, dtype=torch.float64).sort().values.to(device)
+    for dtypes in itertools.product(FLOATS, FLOATS):
+        computed = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
+        leaf, p = rows.to(dtypes[0]).requires_grad_(), priors.to(dtypes[1])
+        wide = leaf.detach().to(computed).requires_grad_()
+        (gradient,) = torch.autograd.grad(op(leaf, p).sum(), leaf)
+        (expected,) = torch.autograd.grad(op(wide, p.to(computed)).sum(), wide)
+        assert gradient.dtype == dtypes[0]
+        assert torch.equal(gradient, expected.to(dtypes[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

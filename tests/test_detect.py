@@ -1,5 +1,7 @@
 """detect beyond what the generic suite asks of every op, and unpad."""
 
+import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from conftest import SIMD_LEVELS, at_and_beside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opinfo.spec import FLOATS
 from ssd_ext import _C, ops, reference
 
 PRIOR = [0.5, 0.5, 0.2, 0.2]
@@ -199,6 +202,54 @@ def test_halves_are_the_float32_result_rounded(dtype, activation, device, genera
     wide = ops.detect(**{k: v.float() for k, v in inputs.items()}, activation=activation)
     for r, w in zip(result, wide, strict=True):
         assert torch.equal(r, w.to(r.dtype))
+
+
+def test_any_mix_of_dtypes_is_computed_as_wide_as_it_promotes_to(device, generator):
+    inputs = random_image(generator, 12, 5, background=2.0, dtype=torch.float64)
+    for dtypes in itertools.product(FLOATS, repeat=3):
+        given = {k: v.to(device, dtype) for (k, v), dtype in zip(inputs.items(), dtypes, strict=True)}
+        promoted = functools.reduce(torch.promote_types, dtypes)
+        computed = torch.promote_types(promoted, torch.float32)
+        result = ops.detect(**given)
+        wide = ops.detect(**{k: v.to(computed) for k, v in given.items()})
+        assert result[0].dtype == result[1].dtype == promoted
+        for r, w in zip(result, wide, strict=True):
+            assert torch.equal(r, w.to(r.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_heads_in_half_beside_float32_priors(dtype, layout, device, generator):
+    inputs = random_image(generator, 300, 21, batch=2, background=3.0)
+    inputs["priors"] *= 1333
+    given = {k: v.to(device, torch.float32 if k == "priors" else dtype) for k, v in inputs.items()}
+    if layout == "columns":
+        given["logits"] = given["logits"].mT.contiguous().mT
+    result = ops.detect(**given, window=(0, 0, 1333, 800))
+    expected = ops.detect(**{k: v.float() for k, v in given.items()}, window=(0, 0, 1333, 800))
+    assert (result[3] > 20).all()
+    for r, e in zip(result, expected, strict=True):
+        assert r.dtype == e.dtype
+        assert torch.equal(r, e)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "inside"),
+    [
+        (torch.bfloat16, (0.3, -1.1, 1333.0, 777.0), (154 / 512, -140 / 128, 1328.0, 776.0)),
+        (torch.bfloat16, (0.0, 0.0, 1336.0, 776.0), (0.0, 0.0, 1336.0, 776.0)),
+        (torch.float16, (-4097.0, 2049.0, 70000.0, 4097.0), (-4096.0, 2050.0, 65504.0, 4096.0)),
+        (torch.float16, (-1e-9, 1e-9, 1.0, 1 - 1e-5), (0.0, 2**-24, 1.0, 1 - 2**-11)),
+        (torch.float32, (0.0, 0.0, 1333.0, 777.0), (0.0, 0.0, 1333.0, 777.0)),
+    ],
+)
+def test_rounding_never_leaves_the_window(dtype, window, inside, device):
+    inputs = image([[0.0, 4.0]], [[0.0, 0.0, 6e4, 6e4]], device=device, dtype=dtype)
+    inputs["deltas"][..., 2:] = 10.0  # seven times as large: beyond every window
+    assert tuple(ops.detect(**inputs, window=window)[0][0, 0].tolist()) == inside
+    inputs["priors"] = inputs["priors"].float()  # then float32 holds the edges
+    boxes = ops.detect(**inputs, window=window)[0][0, 0]
+    assert torch.equal(boxes, torch.tensor(window, device=device))
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])

@@ -13,7 +13,7 @@ constexpr int64_t kGrain = 4096;  // rows worth a thread
 // Checks common to encode and decode; `rows` is boxes or deltas, [..., P, 4].
 Coding check_coding(const char* op, const Arg& rows, const Arg& priors, const std::vector<double>& variances,
                     double clip) {
-  check_floating(op, {rows, priors});
+  check_mixed_floating(op, {rows, priors});
   check_shape(op, priors, {kAny, 4}, "[P, 4]");
   const Tensor& t = rows.tensor;
   const int64_t num_priors = priors.tensor.size(0);
@@ -28,15 +28,16 @@ Coding check_coding(const char* op, const Arg& rows, const Arg& priors, const st
 
 Tensor encode_op(const Tensor& boxes, const Tensor& priors, std::vector<double> variances) {
   const Coding coding = check_coding("encode", {"boxes", boxes}, {"priors", priors}, variances, 0);
+  const ScalarType type = promoted(boxes.scalar_type(), priors.scalar_type()), computed = computed_in(type);
   if (is_cuda(boxes)) {
     const CudaLaunch launch("encode", boxes);
-    const Tensor b = cuda_input(boxes), p = cuda_input(priors);
-    Tensor deltas = new_output_like(b);
-    SSD_EXT_CUDA_CALL(encode_cuda(dtype_of(b), b.const_data_ptr(), p.const_data_ptr(), deltas.mutable_data_ptr(),
-                                  coding, launch.stream));
+    const Tensor b = cuda_input(boxes), p = cuda_input(as_type(priors, type));
+    Tensor deltas = new_output(b, b.sizes(), type);
+    SSD_EXT_CUDA_CALL(encode_cuda(dtype_of(b), b.const_data_ptr(), dtype_of(p), p.const_data_ptr(),
+                                  deltas.mutable_data_ptr(), coding, launch.stream));
     return deltas;
   }
-  const Tensor b = compute_input(boxes), p = compute_input(priors);
+  const Tensor b = compute_input(boxes, computed), p = compute_input(priors, computed);
   Tensor deltas = new_output_like(b);
   dispatch_compute(b, [&](auto zero) {
     using T = decltype(zero);
@@ -46,20 +47,21 @@ Tensor encode_op(const Tensor& boxes, const Tensor& priors, std::vector<double> 
       SSD_EXT_SIMD_CALL(encode<T>, from, prior, to, coding, begin, end);
     });
   });
-  return as_dtype_of(deltas, boxes);
+  return as_type(deltas, type);
 }
 
 Tensor decode_op(const Tensor& deltas, const Tensor& priors, std::vector<double> variances, double clip) {
   const Coding coding = check_coding("decode", {"deltas", deltas}, {"priors", priors}, variances, clip);
+  const ScalarType type = promoted(deltas.scalar_type(), priors.scalar_type()), computed = computed_in(type);
   if (is_cuda(deltas)) {
     const CudaLaunch launch("decode", deltas);
-    const Tensor d = cuda_input(deltas), p = cuda_input(priors);
-    Tensor boxes = new_output_like(d);
-    SSD_EXT_CUDA_CALL(decode_cuda(dtype_of(d), d.const_data_ptr(), p.const_data_ptr(), boxes.mutable_data_ptr(), coding,
-                                  launch.stream));
+    const Tensor d = cuda_input(deltas), p = cuda_input(as_type(priors, type));
+    Tensor boxes = new_output(d, d.sizes(), type);
+    SSD_EXT_CUDA_CALL(decode_cuda(dtype_of(d), d.const_data_ptr(), dtype_of(p), p.const_data_ptr(),
+                                  boxes.mutable_data_ptr(), coding, launch.stream));
     return boxes;
   }
-  const Tensor d = compute_input(deltas), p = compute_input(priors);
+  const Tensor d = compute_input(deltas, computed), p = compute_input(priors, computed);
   Tensor boxes = new_output_like(d);
   dispatch_compute(d, [&](auto zero) {
     using T = decltype(zero);
@@ -69,7 +71,7 @@ Tensor decode_op(const Tensor& deltas, const Tensor& priors, std::vector<double>
       SSD_EXT_SIMD_CALL(decode<T>, from, prior, to, coding, begin, end);
     });
   });
-  return as_dtype_of(boxes, deltas);
+  return as_type(boxes, type);
 }
 
 Tensor box_iou_op(const Tensor& a, const Tensor& b) {

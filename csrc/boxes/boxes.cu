@@ -7,32 +7,32 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class T>
+template <class T, class O>
 __global__ void __launch_bounds__(kThreads, 1) encode_kernel(const T* __restrict__ boxes,   // [rows, 4]
-                                                             const T* __restrict__ priors,  // [num_priors, 4]
-                                                             T* __restrict__ deltas,        // [rows, 4]
+                                                             const O* __restrict__ priors,  // [num_priors, 4]
+                                                             O* __restrict__ deltas,        // [rows, 4]
                                                              Coding coding) {
-  using C = gpu::Compute<T>;
+  using C = gpu::Compute<O>;
   const C center = C(coding.center), size = C(coding.size);
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
-    const Box<C> b = gpu::load_box(boxes, r);
+    const Box<C> b = gpu::load_box<T, C>(boxes, r);
     const CenterBox<C> p = gpu::load_center_box(priors, r % coding.num_priors);
     const CenterBox<C> d = encode_box(b, p, center, size);
     gpu::store_four(deltas, r, d.cx, d.cy, d.w, d.h);
   }
 }
 
-template <class T>
+template <class T, class O>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const T* __restrict__ deltas,  // [rows, 4]
-                                                             const T* __restrict__ priors,  // [num_priors, 4]
-                                                             T* __restrict__ boxes,         // [rows, 4]
+                                                             const O* __restrict__ priors,  // [num_priors, 4]
+                                                             O* __restrict__ boxes,         // [rows, 4]
                                                              Coding coding) {
-  using C = gpu::Compute<T>;
+  using C = gpu::Compute<O>;
   const C center = C(coding.center), size = C(coding.size), clip = C(coding.clip);
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t r = gpu::global_index(); r < coding.rows; r += stride) {
-    const CenterBox<C> d = gpu::load_center_box(deltas, r);
+    const CenterBox<C> d = gpu::load_center_box<T, C>(deltas, r);
     const CenterBox<C> p = gpu::load_center_box(priors, r % coding.num_priors);
     const Box<C> b = decode_box(d, p, center, size, clip);
     gpu::store_four(boxes, r, b.x1, b.y1, b.x2, b.y2);
@@ -55,21 +55,23 @@ __global__ void __launch_bounds__(kThreads, 1) box_iou_kernel(const T* __restric
 
 }  // namespace
 
-void encode_cuda(DType dtype, const void* boxes, const void* priors, void* deltas, const Coding& coding,
+void encode_cuda(DType from, const void* boxes, DType to, const void* priors, void* deltas, const Coding& coding,
                  Stream stream) {
-  gpu::dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    gpu::launch(encode_kernel<T>, dim3(gpu::blocks_for(coding.rows, kThreads)), dim3(kThreads), 0, stream,
-                static_cast<const T*>(boxes), static_cast<const T*>(priors), static_cast<T*>(deltas), coding);
+  gpu::dispatch_promoted(from, to, [&](auto from_tag, auto to_tag) {
+    using T = typename decltype(from_tag)::type;
+    using O = typename decltype(to_tag)::type;
+    gpu::launch(encode_kernel<T, O>, dim3(gpu::blocks_for(coding.rows, kThreads)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(boxes), static_cast<const O*>(priors), static_cast<O*>(deltas), coding);
   });
 }
 
-void decode_cuda(DType dtype, const void* deltas, const void* priors, void* boxes, const Coding& coding,
+void decode_cuda(DType from, const void* deltas, DType to, const void* priors, void* boxes, const Coding& coding,
                  Stream stream) {
-  gpu::dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    gpu::launch(decode_kernel<T>, dim3(gpu::blocks_for(coding.rows, kThreads)), dim3(kThreads), 0, stream,
-                static_cast<const T*>(deltas), static_cast<const T*>(priors), static_cast<T*>(boxes), coding);
+  gpu::dispatch_promoted(from, to, [&](auto from_tag, auto to_tag) {
+    using T = typename decltype(from_tag)::type;
+    using O = typename decltype(to_tag)::type;
+    gpu::launch(decode_kernel<T, O>, dim3(gpu::blocks_for(coding.rows, kThreads)), dim3(kThreads), 0, stream,
+                static_cast<const T*>(deltas), static_cast<const O*>(priors), static_cast<O*>(boxes), coding);
   });
 }
 

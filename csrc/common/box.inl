@@ -114,10 +114,10 @@ SSD_EXT_HD Box<V> decode_box(const CenterBox<V>& delta, const CenterBox<V>& prio
                                  decode_size(delta.w, prior.w, size, clip), decode_size(delta.h, prior.h, size, clip)});
 }
 
-// Each coordinate bounded to the window's; a NaN stays NaN.
-template <class V>
-SSD_EXT_HD Box<V> clip_box(const Box<V>& b, const Box<V>& window) {
-  const auto between = [](V x, V low, V high) { return x < low ? low : x > high ? high : x; };
-  return {between(b.x1, window.x1, window.x2), between(b.y1, window.y1, window.y2), between(b.x2, window.x1, window.x2),
-          between(b.y2, window.y1, window.y2)};
+// Each coordinate bounded to the window's, which is of any type; a NaN stays NaN.
+template <class T, class Window>
+SSD_EXT_HD Box<T> clip_box(const Box<T>& b, const Window& window) {
+  const auto between = [](T x, T low, T high) { return x < low ? low : x > high ? high : x; };
+  const T x1 = T(window.x1), y1 = T(window.y1), x2 = T(window.x2), y2 = T(window.y2);
+  return {between(b.x1, x1, x2), between(b.y1, y1, y2), between(b.x2, x1, x2), between(b.y2, y1, y2)};
 }

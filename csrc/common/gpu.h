@@ -121,6 +121,35 @@ void dispatch(DType dtype, F&& f) {
   }
 }
 
+// f(Tag<From>{}, Tag<To>{}) where `from` promotes to `to`: the types are equal, or the second is wider.
+template <class F>
+void dispatch_promoted(DType from, DType to, F&& f) {
+  dispatch(from, [&](auto from_tag) {
+    dispatch(to, [&](auto to_tag) {
+      using From = typename decltype(from_tag)::type;
+      using To = typename decltype(to_tag)::type;
+      if constexpr (std::is_same_v<From, To> || sizeof(From) < sizeof(To)) f(from_tag, to_tag);
+    });
+  });
+}
+
+// dispatch() in a kernel that computes in C, which holds every number of the type.
+template <class C, class F>
+__device__ __forceinline__ void dispatch_held(DType dtype, const F& f) {
+  if constexpr (sizeof(C) == 8) {
+    if (dtype == DType::f64) return f(Tag<double>{});
+  }
+  if (dtype == DType::f32) return f(Tag<float>{});
+  if (dtype == DType::f16) return f(Tag<__half>{});
+  f(Tag<__nv_bfloat16>{});
+}
+
+// A number of any type in C, which holds it.
+template <class C, class T>
+__device__ __forceinline__ C widened(T x) {
+  return C(Compute<T>(x));
+}
+
 // iou_from(), to the bit. Most pairs of boxes lie apart, and their quotient, 0 / total, would take the slow path of the
 // division: where iou_from() gives 0 this one divides to -1 or NaN first.
 template <class C>
@@ -143,18 +172,16 @@ struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Four {
   T v[4];
 };
 
-template <class T>
-__device__ __forceinline__ Box<Compute<T>> load_box(const T* boxes, int64_t i) {
-  using C = Compute<T>;
+template <class T, class C = Compute<T>>
+__device__ __forceinline__ Box<C> load_box(const T* boxes, int64_t i) {
   const Four<T> f = reinterpret_cast<const Four<T>*>(boxes)[i];
-  return {C(f.v[0]), C(f.v[1]), C(f.v[2]), C(f.v[3])};
+  return {widened<C>(f.v[0]), widened<C>(f.v[1]), widened<C>(f.v[2]), widened<C>(f.v[3])};
 }
 
-template <class T>
-__device__ __forceinline__ CenterBox<Compute<T>> load_center_box(const T* priors, int64_t i) {
-  using C = Compute<T>;
-  const Four<T> f = reinterpret_cast<const Four<T>*>(priors)[i];
-  return {C(f.v[0]), C(f.v[1]), C(f.v[2]), C(f.v[3])};
+template <class T, class C = Compute<T>>
+__device__ __forceinline__ CenterBox<C> load_center_box(const T* priors, int64_t i) {
+  const Box<C> b = load_box<T, C>(priors, i);
+  return {b.x1, b.y1, b.x2, b.y2};
 }
 
 template <class T>

@@ -56,12 +56,20 @@ void check_device(const char* op, const Arg& arg, const Arg& like) {
   }
 }
 
+void check_mixed_floating(const char* op, std::initializer_list<Arg> args) {
+  for (const Arg& arg : args) {
+    check_device(op, arg, *args.begin());
+    const ScalarType type = arg.tensor.scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double && !is_half(type)) {
+      raise(op, ": ", arg.name, " must be float32, float64, float16 or bfloat16, got ", name_of(type));
+    }
+  }
+}
+
 void check_floating(const char* op, std::initializer_list<Arg> args) {
   const Arg& first = *args.begin();
+  check_mixed_floating(op, {first});
   const ScalarType type = first.tensor.scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::Double && !is_half(type)) {
-    raise(op, ": ", first.name, " must be float32, float64, float16 or bfloat16, got ", name_of(type));
-  }
   for (const Arg& arg : args) {
     check_device(op, arg, first);
     if (arg.tensor.scalar_type() != type) {
@@ -114,8 +122,8 @@ void check_mining(const char* op, const Arg& rows, double ratio, int64_t min_neg
   if (min_negatives < 0) raise(op, ": min_negatives must be >= 0, got ", min_negatives);
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+DType dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Double:
       return DType::f64;
     case ScalarType::Half:

@@ -56,6 +56,8 @@ struct Arg {
   const Tensor& tensor;
 };
 
+// All floating, of any dtypes, and on one device.
+void check_mixed_floating(const char* op, std::initializer_list<Arg> args);
 // All floating, of one dtype and on one device.
 void check_floating(const char* op, std::initializer_list<Arg> args);
 void check_long(const char* op, const Arg& arg, const Arg& like);  // int64, on the device of `like`
@@ -80,15 +82,23 @@ inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : to
 
 inline bool is_half(ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; }
 
-// The tensor that a CPU kernel reads: contiguous, float16 and bfloat16 widened to float32.
-inline Tensor compute_input(const Tensor& t) {
-  return is_half(t.scalar_type()) ? as_contiguous(torch::stable::to(t, ScalarType::Float)) : as_contiguous(t);
+// Of floating types: what torch.promote_types gives, and the type that numbers of a type are computed in.
+inline ScalarType promoted(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType computed_in(ScalarType t) { return is_half(t) ? ScalarType::Float : t; }
+
+inline Tensor as_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
+// The tensor that a CPU kernel reads: contiguous, of the type computed in; float16 and bfloat16 as float32 by default.
+inline Tensor compute_input(const Tensor& t, ScalarType type) { return as_contiguous(as_type(t, type)); }
+inline Tensor compute_input(const Tensor& t) { return compute_input(t, computed_in(t.scalar_type())); }
+
 // A CPU kernel's result, back in the dtype that the caller gave.
-inline Tensor as_dtype_of(const Tensor& result, const Tensor& given) {
-  return is_half(given.scalar_type()) ? torch::stable::to(result, given.scalar_type()) : result;
-}
+inline Tensor as_dtype_of(const Tensor& result, const Tensor& given) { return as_type(result, given.scalar_type()); }
 
 // Uninitialised memory for kernels to write, on the device of `like` and, by default, of its dtype.
 Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
@@ -108,7 +118,8 @@ decltype(auto) dispatch_compute(const Tensor& t, F&& f) {
   return t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-DType dtype_of(const Tensor& t);  // of a floating tensor
+DType dtype_of(ScalarType type);  // a floating one
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 // ---- CUDA -------------------------------------------------------------------------------------
 

@@ -99,15 +99,21 @@ struct Workspace {
   }
 };
 
-// An element, for T the type of the inputs.
-template <class T>
-__device__ __forceinline__ gpu::Compute<T> at(const Strided& t, int64_t image, int64_t row, int64_t column) {
-  return gpu::Compute<T>(static_cast<const T*>(t.data)[image * t.image + row * t.row + column * t.column]);
+// An element of a tensor whose dtype is T.
+template <class T, class C>
+__device__ __forceinline__ C at(const Strided& t, int64_t image, int64_t row, int64_t column) {
+  return gpu::widened<C>(static_cast<const T*>(t.data)[image * t.image + row * t.row + column * t.column]);
 }
 
-template <class T>
-__device__ __forceinline__ CenterBox<gpu::Compute<T>> four_at(const Strided& t, int64_t image, int64_t row) {
-  return {at<T>(t, image, row, 0), at<T>(t, image, row, 1), at<T>(t, image, row, 2), at<T>(t, image, row, 3)};
+template <class C>
+__device__ __forceinline__ CenterBox<C> four_at(const Strided& t, int64_t image, int64_t row) {
+  CenterBox<C> four;
+  gpu::dispatch_held<C>(t.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    four = {at<T, C>(t, image, row, 0), at<T, C>(t, image, row, 1), at<T, C>(t, image, row, 2),
+            at<T, C>(t, image, row, 3)};
+  });
+  return four;
 }
 
 // Sum over kSumLanes lanes, in all of them, by halves.
@@ -171,10 +177,10 @@ struct Stage {
 
 // The greatest of a row's logits from class `first` on, told to the kRowLanes lanes that look through it. Most rows
 // have no candidate, once the network is trained: this reads them at the rate of the memory. A NaN is passed over.
-template <class T, class C = gpu::Compute<T>>
+template <class C, class T>
 __device__ __forceinline__ C greatest_of_row(const T* row, int64_t stride, unsigned first, unsigned classes) {
   C most = -std::numeric_limits<C>::infinity();
-  const T nothing = T(most);
+  const T nothing = T(-std::numeric_limits<gpu::Compute<T>>::infinity());
   const unsigned lane = threadIdx.x % kRowLanes;
   row += (first + lane) * stride;
 #pragma unroll 1
@@ -185,7 +191,7 @@ __device__ __forceinline__ C greatest_of_row(const T* row, int64_t stride, unsig
       x[j] = begin + lane + j * kRowLanes < classes ? *row : nothing;
     }
 #pragma unroll
-    for (unsigned j = 0; j < kLogitsAhead; ++j) most = gpu::greatest_of(C(x[j]), most);
+    for (unsigned j = 0; j < kLogitsAhead; ++j) most = gpu::greatest_of(gpu::widened<C>(x[j]), most);
   }
 #pragma unroll
   for (int d = kRowLanes / 2; d > 0; d /= 2) {
@@ -217,11 +223,9 @@ __device__ RowStats<C> stats_of_row(const Logit& logit, int classes, bool is_wan
   return {greatest, sum_of_lanes(sum)};
 }
 
-// A warp for kSets sets of kRowsAtOnce priors of an image.
-template <class T, int kSets>
-__global__ void __launch_bounds__(kCollectThreads, 40 / sizeof(gpu::Compute<T>))
-    collect_kernel(Inputs in, Workspace<gpu::Compute<T>> w, gpu::Compute<T> bound) {
-  using C = gpu::Compute<T>;
+// A warp for kSets sets of kRowsAtOnce priors of an image. T: the type of the logits.
+template <class T, class C, int kSets>
+__global__ void __launch_bounds__(kCollectThreads, 40 / sizeof(C)) collect_kernel(Inputs in, Workspace<C> w, C bound) {
   constexpr unsigned kWarpsOfBlock = kCollectThreads / gpu::kWarp;
   __shared__ Key<C> staged[kWarpsOfBlock][kStaged];
   const bool is_sigmoid = in.params.sigmoid;
@@ -246,8 +250,8 @@ __global__ void __launch_bounds__(kCollectThreads, 40 / sizeof(gpu::Compute<T>))
     const unsigned p = prior_at(i, lane / kRowLanes);
     const T* const row = logits + p * in.logits.row;
     const bool is_inside = p < priors;
-    const C background = is_sigmoid || !is_inside ? C(0) : C(*row);
-    const C most = greatest_of_row(row, in.logits.column, first, is_inside ? classes : 0);
+    const C background = is_sigmoid || !is_inside ? C(0) : gpu::widened<C>(*row);
+    const C most = greatest_of_row<C>(row, in.logits.column, first, is_inside ? classes : 0);
     alive |= __ballot_sync(gpu::kFullMask, most - background > bound && lane % kRowLanes == 0) << i;
   }
   if (const unsigned set = lane / kRowsAtOnce, p = prior_at(set, lane % kRowsAtOnce); set < kSets && p < priors) {
@@ -266,7 +270,7 @@ __global__ void __launch_bounds__(kCollectThreads, 40 / sizeof(gpu::Compute<T>))
     const unsigned bit = is_alive ? __ffs(int(from)) - 1 : 0;
     const unsigned p = prior_at(bit % kRowLanes, bit / kRowLanes);
     const T* const row = logits + p * in.logits.row;
-    const auto logit = [&](int c) { return C(row[c * in.logits.column]); };
+    const auto logit = [&](int c) { return gpu::widened<C>(row[c * in.logits.column]); };
     // 2. What softmax needs of the row.
     RowStats<C> stats{};
     if (!is_sigmoid) stats = stats_of_row<C>(logit, int(classes), is_alive);
@@ -288,15 +292,21 @@ __global__ void __launch_bounds__(kCollectThreads, 40 / sizeof(gpu::Compute<T>))
 // ---- a lost list made anew -----------------------------------------------------------------------
 
 // Scores of one class of an image; computed once into shared memory where they fit, else for each pass.
-template <class T, bool kCached>
+template <class C, bool kCached>
 struct ClassScores {
-  using C = gpu::Compute<T>;
   const Inputs& in;
   const RowStats<C>* rows;  // of the image, with softmax
   C* cache;                 // [priors] if kCached
   int64_t image, c;
 
-  __device__ C logit(int64_t p) const { return at<T>(in.logits, image, p, c); }
+  // f(logit): prior p -> its logit.
+  template <class F>
+  __device__ __forceinline__ void with_logits(const F& f) const {
+    gpu::dispatch_held<C>(in.logits.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      f([&](int64_t p) { return at<T, C>(in.logits, image, p, c); });
+    });
+  }
   __device__ RowStats<C> row(int64_t p) const { return in.params.sigmoid ? RowStats<C>{} : rows[p]; }
   __device__ C score(C x, const RowStats<C>& row) const {
     return in.params.sigmoid ? sigmoid(x) : exp(x - row.greatest) / row.sum;
@@ -307,7 +317,9 @@ struct ClassScores {
   }
   __device__ Key<C> operator()(int64_t p) const {
     if constexpr (kCached) return key(cache[p], p);
-    return key(score(logit(p), row(p)), p);
+    C x;
+    with_logits([&](const auto& logit) { x = logit(p); });
+    return key(score(x, row(p)), p);
   }
 };
 
@@ -320,24 +332,25 @@ struct ListMaking {
 };
 
 // Appends the best candidates of class c to the image's list.
-template <class T, bool kCached, class C>
+template <bool kCached, class C>
 __device__ void list_best(const Inputs& in, const Workspace<C>& w, int64_t image, int64_t c, C* cache,
                           ListMaking<C>& shared) {
   const int64_t priors = in.sizes.priors, best = best_of_class(in);
   const int thread = int(threadIdx.x), lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  const ClassScores<T, kCached> key_at{in, w.rows + image * priors, cache, image, c};
+  const ClassScores<C, kCached> key_at{in, w.rows + image * priors, cache, image, c};
   gpu::clear_counts<kThreads>(shared.select);
   unsigned count = 0;
 #pragma unroll 1
   for (int64_t begin = 0; begin < priors; begin += kAhead * kThreads) {
     C x[kAhead];
     RowStats<C> row[kAhead];
+    const auto prior_at = [=](int j) { return min_of(begin + j * kThreads + thread, priors - 1); };
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int64_t p = min_of(begin + j * kThreads + thread, priors - 1);
-      x[j] = key_at.logit(p);
-      row[j] = key_at.row(p);
-    }
+    for (int j = 0; j < kAhead; ++j) row[j] = key_at.row(prior_at(j));
+    key_at.with_logits([&](const auto& logit) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) x[j] = logit(prior_at(j));
+    });
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const int64_t p = begin + j * kThreads + thread;
@@ -585,7 +598,7 @@ struct Kept {
 };
 
 // Puts a candidate, or nothing if the key is 0, at the thread's position: its decoded box and its label.
-template <class T, class C>
+template <class C>
 __device__ void place_candidate(const Inputs& in, int64_t image, Key<C> key, Visit<C>& shared) {
   const Params& params = in.params;
   Box<C> box{C(0), C(0), C(0), C(0)};
@@ -593,9 +606,10 @@ __device__ void place_candidate(const Inputs& in, int64_t image, Key<C> key, Vis
   if (key != 0) {
     const uint32_t number = number_of<C>(key), priors = uint32_t(in.sizes.priors), p = number % priors;
     label = int32_t(number / priors);
-    box = decode_box(four_at<T>(in.deltas, image, p), four_at<T>(in.priors, 0, p), C(params.center), C(params.size),
-                     C(params.clip));
-    box = clip_box(box, {C(params.window_x1), C(params.window_y1), C(params.window_x2), C(params.window_y2)});
+    const CenterBox<C> prior = four_at<C>(in.priors, 0, p);  // first: nothing waits for float32
+    const CenterBox<C> delta = four_at<C>(in.deltas, image, p);
+    box = decode_box(delta, prior, C(params.center), C(params.size), C(params.clip));
+    box = clip_box(box, params.window);
   }
   gpu::store_four(shared.boxes, int(threadIdx.x), box.x1, box.y1, box.x2, box.y2);
   shared.labels[threadIdx.x] = label;
@@ -652,20 +666,33 @@ __device__ int order_kept(C score, Visit<C>& shared) {
   return all;
 }
 
+// Writes one number `to` of the outputs.
+template <class C>
+__device__ __forceinline__ void write(const Outputs<void>& out, DType dtype, int64_t to, const Box<C>& box, C score,
+                                      int64_t label) {
+  gpu::dispatch_held<C>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Wide = gpu::Compute<T>;
+    gpu::store_four(static_cast<T*>(out.boxes), to, Wide(box.x1), Wide(box.y1), Wide(box.x2), Wide(box.y2));
+    static_cast<T*>(out.scores)[to] = T(Wide(score));
+  });
+  out.labels[to] = label;
+}
+
 // Writes the `all` candidates in shared.keys as detections, as far as there is room, and keeps them for later chunks.
-template <class T, class C>
-__device__ void write_detections(const Outputs<T>& out, const Params& params, int64_t image, int all, bool is_long,
+template <class C>
+__device__ void write_detections(const Inputs& in, const Outputs<void>& out, int64_t image, int all, bool is_long,
                                  Kept<C>& kept, const Visit<C>& shared) {
+  const Params& params = in.params;
   const int64_t most = params.max_detections;
   if (threadIdx.x < min_of(int64_t(all), most - kept.count)) {
     const Key<C> key = shared.keys[threadIdx.x];
     const int position = int(number_of<C>(key));
     const Box<C> box = gpu::load_box(shared.boxes, position);
     const int32_t label = shared.labels[position];
-    const int64_t slot = kept.count + threadIdx.x, to = image * most + slot;
-    gpu::store_four(out.boxes, to, box.x1, box.y1, box.x2, box.y2);
-    out.scores[to] = T(score_of<C>(key));
-    out.labels[to] = label_of(label, params);
+    const int64_t slot = kept.count + threadIdx.x;
+    write(out, in.dtype, image * most + slot, clip_box(box, params.inner_window), score_of<C>(key),
+          label_of(label, params));
     if (is_long) {
       gpu::store_four(kept.boxes, slot, box.x1, box.y1, box.x2, box.y2);
       kept.labels[slot] = label;
@@ -674,21 +701,19 @@ __device__ void write_detections(const Outputs<T>& out, const Params& params, in
   kept.count = min_of(kept.count + all, most);
 }
 
-template <class T>
-__device__ void pad_detections(const Outputs<T>& out, int64_t image, int64_t count, int64_t most) {
-  using C = gpu::Compute<T>;
+template <class C>
+__device__ void pad_detections(const Inputs& in, const Outputs<void>& out, int64_t image, int64_t count) {
+  const int64_t most = in.params.max_detections;
 #pragma unroll 1
   for (int64_t k = image * most + count + threadIdx.x; k < (image + 1) * most; k += kThreads) {
-    gpu::store_four(out.boxes, k, C(0), C(0), C(0), C(0));
-    out.scores[k] = T(C(0));
-    out.labels[k] = -1;
+    write(out, in.dtype, k, Box<C>{}, C(0), -1);
   }
   if (threadIdx.x == 0) out.counts[image] = count;
 }
 
 // Visits an image's candidates, the n keys of its list, and writes its detections. All threads of a block call it.
-template <class T, class C>
-__device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>& out, int64_t image, int n,
+template <class C>
+__device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<void>& out, int64_t image, int n,
                       gpu::SelectShared<Key<C>>& select, Visit<C>& shared) {
   const int64_t most = in.params.max_detections, topk = in.params.topk_per_class;
   const int thread = int(threadIdx.x);
@@ -714,7 +739,7 @@ __device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>&
     sort_chunk(seen - before, shared);
     key = shared.keys[thread];
     if (key != 0 && goes_by_class) key = order.by_score(key);
-    place_candidate<T>(in, image, key, shared);
+    place_candidate(in, image, key, shared);
     Group group = group_of([&](int i) { return shared.labels[i]; });
 
     // 2. Of each class the first topk_per_class.
@@ -728,7 +753,7 @@ __device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>&
         sort_chunk(seen - before, shared);
         key = shared.keys[thread];
         is_alive = key != 0;
-        place_candidate<T>(in, image, key, shared);
+        place_candidate(in, image, key, shared);
       }
       group = group_of([&](int i) { return shared.labels[i] < 0 ? -1 : 0; });
     }
@@ -740,9 +765,9 @@ __device__ void visit(const Inputs& in, const Workspace<C>& w, const Outputs<T>&
 
     // 5. The detections.
     const int all = order_kept(score_of<C>(key), shared);
-    write_detections(out, in.params, image, all, is_long, kept, shared);
+    write_detections(in, out, image, all, is_long, kept, shared);
   }
-  pad_detections(out, image, kept.count, most);
+  pad_detections<C>(in, out, image, kept.count);
 }
 
 // Dynamic shared memory of finish_kernel: the scores of a class first, then the visit.
@@ -754,10 +779,9 @@ SSD_EXT_HD size_t finish_bytes(const Inputs& in, bool is_cached) {
 }
 
 // Block (part, image) of a grid of parts x images, in which the parts 0 of all images come first.
-template <class T, bool kCached>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    finish_kernel(Inputs in, Workspace<gpu::Compute<T>> w, Outputs<T> out, unsigned parts) {
-  using C = gpu::Compute<T>;
+template <class C, bool kCached>
+__global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2)
+    finish_kernel(Inputs in, Workspace<C> w, Outputs<void> out, unsigned parts) {
   __shared__ ListMaking<C> making;
   gpu::Smem smem;
   Bytes16* const memory = smem.take<Bytes16>(finish_bytes<C>(in, kCached) / 16);
@@ -767,7 +791,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   unsigned n = counters.found;
   if (n > list_size(in)) {
     for (int64_t i = part; i < classes_of(in); i += parts) {
-      list_best<T, kCached>(in, w, image, first_class(in.params) + i, reinterpret_cast<C*>(memory), making);
+      list_best<kCached>(in, w, image, first_class(in.params) + i, reinterpret_cast<C*>(memory), making);
     }
     if (!gpu::is_last_block(&counters.ticket, parts)) return;
     n = gpu::load_written(&counters.listed);
@@ -777,6 +801,32 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   visit(in, w, out, image, int(n), making.select, *reinterpret_cast<Visit<C>*>(memory));
 }
 
+template <class C>
+void launch_all(const Inputs& in, const Outputs<void>& out, void* workspace, Stream stream) {
+  const Workspace<C> w(workspace, in);
+  const int64_t images = in.sizes.images, priors = in.sizes.priors, classes = classes_of(in);
+  gpu::clear(w.counters, images * sizeof(Counters), stream);
+  if (classes > 0) {
+    const bool are_few = images * priors <= kFewRows;
+    const unsigned blocks = are_few ? collecting_blocks<1>(priors) : collecting_blocks<4>(priors);
+    const C bound = reject_below(C(in.params.score_threshold), in.params.sigmoid);
+    gpu::dispatch(in.logits.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      if constexpr (sizeof(T) <= sizeof(C)) {
+        gpu::launch(are_few ? collect_kernel<T, C, 1> : collect_kernel<T, C, 4>, dim3(unsigned(images * blocks)),
+                    dim3(kCollectThreads), 0, stream, in, w, bound);
+      }
+    });
+  }
+  if (images == 0) return;
+  // Blocks for each image in case its list is lost; all but one leave at once if it is not.
+  const int64_t wanted = max_of(kMostPartsCuda, kFinishBlocks / images);
+  const auto parts = unsigned(max_of(int64_t(1), min_of(classes, wanted)));
+  const bool is_cached = size_t(priors) <= kMostCachedBytes / sizeof(C);
+  gpu::launch(is_cached ? finish_kernel<C, true> : finish_kernel<C, false>, dim3(unsigned(images * parts)),
+              dim3(kThreads), finish_bytes<C>(in, is_cached), stream, in, w, out, parts);
+}
+
 }  // namespace
 
 size_t workspace_bytes(const Inputs& in) {
@@ -784,28 +834,8 @@ size_t workspace_bytes(const Inputs& in) {
 }
 
 void detect_cuda(const Inputs& in, const Outputs<void>& out, void* workspace, Stream stream) {
-  gpu::dispatch(in.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using C = gpu::Compute<T>;
-    const Workspace<C> w(workspace, in);
-    const int64_t images = in.sizes.images, priors = in.sizes.priors, classes = classes_of(in);
-    const Outputs<T> typed{static_cast<T*>(out.boxes), static_cast<T*>(out.scores), out.labels, out.counts};
-    gpu::clear(w.counters, images * sizeof(Counters), stream);
-    if (classes > 0) {
-      const bool are_few = images * priors <= kFewRows;
-      const unsigned blocks = are_few ? collecting_blocks<1>(priors) : collecting_blocks<4>(priors);
-      const C bound = reject_below(C(in.params.score_threshold), in.params.sigmoid);
-      gpu::launch(are_few ? collect_kernel<T, 1> : collect_kernel<T, 4>, dim3(unsigned(images * blocks)),
-                  dim3(kCollectThreads), 0, stream, in, w, bound);
-    }
-    if (images == 0) return;
-    // Blocks for each image in case its list is lost; all but one leave at once if it is not.
-    const int64_t wanted = max_of(kMostPartsCuda, kFinishBlocks / images);
-    const auto parts = unsigned(max_of(int64_t(1), min_of(classes, wanted)));
-    const bool is_cached = size_t(priors) <= kMostCachedBytes / sizeof(C);
-    gpu::launch(is_cached ? finish_kernel<T, true> : finish_kernel<T, false>, dim3(unsigned(images * parts)),
-                dim3(kThreads), finish_bytes<C>(in, is_cached), stream, in, w, typed, parts);
-  });
+  if (in.dtype == DType::f64) return launch_all<double>(in, out, workspace, stream);
+  launch_all<float>(in, out, workspace, stream);
 }
 
 }  // namespace ssd_ext::detect

@@ -24,8 +24,9 @@ struct Params {
   double score_threshold, iou_threshold;  // in [0, 1]
   int64_t topk_per_class, max_detections;
   bool sigmoid, class_agnostic;
-  double center, size, clip;                          // variances, and the bound of decoded sizes
-  double window_x1, window_y1, window_x2, window_y2;  // boxes are clipped to it; infinite: they are not
+  double center, size, clip;  // variances, and the bound of decoded sizes
+  Box<double> window;         // boxes are clipped to it; infinite: they are not
+  Box<double> inner_window;   // the part of it between numbers of the outputs' type: rounding never leaves it
 };
 
 // Labels count from 1, as 0 is background: with sigmoid, which has no column for that, column c is label c + 1.
@@ -38,11 +39,12 @@ struct Sizes {
 // A tensor as it lies in memory: strides count elements.
 struct Strided {
   const void* data;
+  DType dtype;
   int64_t image, row, column;
 };
 
 struct Inputs {
-  DType dtype;
+  DType dtype;     // of boxes and scores, to which those below promote; computed in float64 if it is that, else float32
   Strided logits;  // [images, priors, classes]
   Strided deltas;  // [images, priors, 4]
   Strided priors;  // [priors, 4] centre and size
@@ -103,7 +105,7 @@ constexpr int64_t kMostPartsCuda = 8;            // blocks for each image of a l
 // Bytes of scratch memory that detect_cuda needs: detect's docstring tells what for.
 size_t workspace_bytes(const Inputs& in);
 
-void detect_cuda(const Inputs& in, const Outputs<void>& out,  // of in.dtype
+void detect_cuda(const Inputs& in, const Outputs<void>& out,  // boxes and scores of in.dtype
                  void* workspace,                             // aligned to 16 bytes
                  Stream stream);
 

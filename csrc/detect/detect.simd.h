@@ -23,18 +23,26 @@ void widen(const void* data, int64_t first, int64_t stride, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = T(from[i * stride]);
 }
 
-// n elements as T, which is float or the dtype itself.
+// The first n elements of a row as T, which holds them.
 template <class T>
-void gather(const void* data, DType dtype, int64_t first, int64_t stride, int64_t n, T* to) {
-  if (sizeof(T) == 4 && dtype == DType::f16) return widen<T, torch::headeronly::Half>(data, first, stride, n, to);
-  if (sizeof(T) == 4 && dtype == DType::bf16) return widen<T, torch::headeronly::BFloat16>(data, first, stride, n, to);
-  widen<T, T>(data, first, stride, n, to);
+void gather(const detect::Strided& from, int64_t image, int64_t row, int64_t n, T* to) {
+  const int64_t first = image * from.image + row * from.row;
+  switch (from.dtype) {
+    case DType::f32:
+      return widen<T, float>(from.data, first, from.column, n, to);
+    case DType::f64:
+      return widen<T, double>(from.data, first, from.column, n, to);
+    case DType::f16:
+      return widen<T, torch::headeronly::Half>(from.data, first, from.column, n, to);
+    case DType::bf16:
+      return widen<T, torch::headeronly::BFloat16>(from.data, first, from.column, n, to);
+  }
 }
 
 template <class T>
-CenterBox<T> four_at(const detect::Strided& from, DType dtype, int64_t image, int64_t row) {
+CenterBox<T> four_at(const detect::Strided& from, int64_t image, int64_t row) {
   T v[4];
-  gather(from.data, dtype, image * from.image + row * from.row, from.column, 4, v);
+  gather(from, image, row, 4, v);
   return {v[0], v[1], v[2], v[3]};
 }
 
@@ -42,9 +50,9 @@ CenterBox<T> four_at(const detect::Strided& from, DType dtype, int64_t image, in
 template <class T>
 Box<T> detected_box(const detect::Inputs& in, int64_t image, int64_t prior) {
   const detect::Params& p = in.params;
-  const Box<T> b = decode_box(four_at<T>(in.deltas, in.dtype, image, prior), four_at<T>(in.priors, in.dtype, 0, prior),
-                              T(p.center), T(p.size), T(p.clip));
-  return clip_box(b, {T(p.window_x1), T(p.window_y1), T(p.window_x2), T(p.window_y2)});
+  const Box<T> b = decode_box(four_at<T>(in.deltas, image, prior), four_at<T>(in.priors, 0, prior), T(p.center),
+                              T(p.size), T(p.clip));
+  return clip_box(b, p.window);
 }
 
 // ---- collecting candidates --------------------------------------------------------------------
@@ -275,11 +283,9 @@ void collect(const detect::Inputs& in, int64_t image, int64_t begin, int64_t end
   const detect::Strided& logits = in.logits;
   const int64_t classes = in.sizes.classes, priors = in.sizes.priors;
   if (classes == 0) return;
-  const bool native = in.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32), is_sigmoid = in.params.sigmoid;
+  const bool native = logits.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32), is_sigmoid = in.params.sigmoid;
   Row<T> row(in);
-  const auto gather_row = [&](int64_t p) {
-    gather(logits.data, in.dtype, image * logits.image + p * logits.row, logits.column, classes, row.logits());
-  };
+  const auto gather_row = [&](int64_t p) { gather(logits, image, p, classes, row.logits()); };
   if (native && (logits.column == 1 || classes == 1)) {
     const T* x = static_cast<const T*>(logits.data) + image * logits.image;
     for (int64_t p = begin; p < end; ++p) {
@@ -358,7 +364,8 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
   T *boxes = out.boxes + image * most * 4, *scores = out.scores + image * most;
   int64_t* labels = out.labels + image * most;
   Kept<T> kept(params.class_agnostic ? 1 : classes, T(params.iou_threshold));
-  const int64_t delta_bytes = in.dtype == DType::f64 ? 8 : in.dtype == DType::f32 ? 4 : 2;
+  const DType of_deltas = in.deltas.dtype;
+  const int64_t delta_bytes = of_deltas == DType::f64 ? 8 : of_deltas == DType::f32 ? 4 : 2;
   std::vector<int64_t> visited(classes);
   int64_t count = 0, sorted = 0, next = kFirstSorted;
   keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key<T> key) { return key <= bound; }), keys.end());
@@ -382,11 +389,12 @@ bool visit(const detect::Inputs& in, int64_t image, std::vector<Key<T>>& keys, K
     const int64_t group = params.class_agnostic ? 0 : column;
     if (kept.overlaps(group, box)) continue;
     kept.add(group, box);
+    const Box<T> shown = clip_box(box, params.inner_window);
     T* to = boxes + 4 * count;
-    to[0] = box.x1;
-    to[1] = box.y1;
-    to[2] = box.x2;
-    to[3] = box.y2;
+    to[0] = shown.x1;
+    to[1] = shown.y1;
+    to[2] = shown.x2;
+    to[3] = shown.y2;
     scores[count] = detect::score_of<T>(keys[i]);
     labels[count] = detect::label_of(column, params);
     ++count;

@@ -77,9 +77,6 @@ void dispatch_stored(const Tensor& t, F&& f) {
 
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), {t.stride(0), t.stride(1), t.stride(2)}}; }
 
-ScalarType computed_in(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 ScalarType type_of_ranks(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Long : ScalarType::Int;
 }
@@ -133,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(const Tensor& deltas, const T
   loss.beta = beta;
   loss.per_image = per_image;
 
-  Tensor loc = new_output(deltas, {}, computed_in(deltas));
-  Tensor conf = new_output(logits, {}, computed_in(logits));
+  Tensor loc = new_output(deltas, {}, computed_in(deltas.scalar_type()));
+  Tensor conf = new_output(logits, {}, computed_in(logits.scalar_type()));
   Tensor ranks = new_output(logits, {batch, n}, type_of_ranks(logits));
   Tensor divisors = new_output(labels, {batch});
   if (is_cuda(logits)) {
@@ -226,7 +223,7 @@ Tensor logits_gradient_op(const Tensor& grad_conf, const Tensor& logits, const T
   const int64_t batch = loss.mining.batch, n = loss.mining.num_priors;
   check_saved(op, {"ranks", ranks}, {batch, n}, type_of_ranks(logits), {"logits", logits});
   check_saved(op, {"divisors", divisors}, {batch}, ScalarType::Long, {"logits", logits});
-  check_saved(op, {"grad_conf", grad_conf}, {}, computed_in(logits), {"logits", logits});
+  check_saved(op, {"grad_conf", grad_conf}, {}, computed_in(logits.scalar_type()), {"logits", logits});
   if (is_cuda(logits)) {
     const CudaLaunch launch(op, logits);
     const Tensor grad = cuda_input(grad_conf), x = cuda_strided_input(logits), y = cuda_input(labels);
@@ -264,7 +261,7 @@ Tensor deltas_gradient_op(const Tensor& grad_loc, const Tensor& deltas, const Te
   check_loc(op, deltas, targets, {"target_labels", labels}, batch, n);
   check_rows(op, {"target_labels", labels});
   check_saved(op, {"divisors", divisors}, {batch}, ScalarType::Long, {"deltas", deltas});
-  check_saved(op, {"grad_loc", grad_loc}, {}, computed_in(deltas), {"deltas", deltas});
+  check_saved(op, {"grad_loc", grad_loc}, {}, computed_in(deltas.scalar_type()), {"deltas", deltas});
   if (is_cuda(deltas)) {
     const CudaLaunch launch(op, deltas);
     const Tensor grad = cuda_input(grad_loc), d = cuda_strided_input(deltas), t = cuda_strided_input(targets);

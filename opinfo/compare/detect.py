@@ -1,5 +1,7 @@
 """How results of detect are compared."""
 
+import math
+
 import torch
 
 from opinfo.spec import arguments, close, convert
@@ -28,6 +30,8 @@ def agrees(inputs, result, expected):
         wide = ops.detect(**inputs)
         if wrong := close(result, convert(wide, dtype), TOLERANCE):
             return f"other than in float32: {wrong}"
+        if wrong := _outside_window(inputs, result):
+            return wrong
         result = wide
     if close(result, expected, TOLERANCE) is None:
         return None
@@ -52,6 +56,14 @@ def _malformed(inputs, result):
     if bool((boxes[padding] != 0).any() | (scores[padding] != 0).any() | (labels[padding] != -1).any()):
         return "padding is not box 0, score 0, label -1"
     return None
+
+
+def _outside_window(inputs, result):
+    window = inputs.get("window") or (-math.inf, -math.inf, math.inf, math.inf)
+    low, high = torch.tensor(window, dtype=torch.float64).view(2, 2)
+    corners = result[0].double().unflatten(-1, (2, 2))
+    outside = ((corners < low) | (corners > high)).flatten(2).any(2) & (result[2] > 0)
+    return f"boxes leave the window {window}: {result[0][outside].tolist()}" if bool(outside.any()) else None
 
 
 def _unexplained(inputs, result):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssd_ext.ground_truth import INTEGERS
-from ssd_ext.ops._library import autocast_to_float32, call, differentiable, fake, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, differentiable, fake, promoted, refuse_gradient
 
 BBOX_XFORM_CLIP = math.log(1000 / 16)
 
@@ -20,13 +20,14 @@ def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0
 
     Args:
         boxes: ``[..., P, 4]`` corners ``(x1, y1, x2, y2)``, in the units of ``priors`` (relative
-            0..1 or pixels). float32, float64, float16 or bfloat16; the halves compute in float32.
-        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device; a constant.
+            0..1 or pixels). float32, float64, float16 or bfloat16, whatever the dtype of ``priors``.
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, of any of these dtypes, on the same device; a constant.
         variances: of centre and size. ``(0.1, 0.2)`` equals torchvision's weights ``(10, 10, 5, 5)``.
 
     Returns:
-        ``[..., P, 4]`` deltas ``(dx, dy, dw, dh)`` in the order of ``boxes``. A box without width
-        or height gives ``-inf``, an inverted one NaN.
+        ``[..., P, 4]`` deltas ``(dx, dy, dw, dh)`` in the order of ``boxes``. Their dtype is
+        ``torch.promote_types`` of the two; halves compute in float32. A box without width or height gives ``-inf``,
+        an inverted one NaN.
 
     Differentiable in ``boxes`` in reverse mode, twice too, also by ``torch.func`` (``grad``, ``jacrev``, ``vmap``; they
     run eagerly under ``torch.compile``); not by forward-mode AD (``torch.func.jvp``).
@@ -51,16 +52,18 @@ def decode(
     """Decode deltas from priors to boxes; the inverse of :func:`encode`.
 
     Args:
-        deltas: ``[..., P, 4]`` as :func:`encode` gives them. float32, float64, float16 or bfloat16;
-            the halves compute in float32.
-        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device; a constant.
+        deltas: ``[..., P, 4]`` as :func:`encode` gives them. float32, float64, float16 or bfloat16, whatever the dtype
+            of ``priors``.
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, of any of these dtypes, on the same device; a constant.
+            Keep them in float32 beside deltas in half precision, which do not hold their positions.
         variances: of centre and size.
         bbox_xform_clip: upper bound of ``delta * variance`` of a size, before the exponential, so that no
             delta makes an infinite box; as in torchvision there is no lower bound. ``math.inf`` turns it off.
 
     Returns:
         ``[..., P, 4]`` corners ``(x1, y1, x2, y2)`` in the units and order of ``priors``, not
-        clipped to the image. A NaN delta gives NaN corners.
+        clipped to the image. Their dtype is ``torch.promote_types`` of the two; halves compute in float32. A NaN delta
+        gives NaN corners.
 
     Differentiable in ``deltas`` as :func:`encode` is in boxes; a size that ``bbox_xform_clip`` bounds has no gradient.
 
@@ -105,12 +108,12 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 @fake("encode")
 def _(boxes: Tensor, priors: Tensor, variances: list[float]) -> Tensor:
-    return torch.empty(boxes.shape, dtype=boxes.dtype, device=boxes.device)
+    return torch.empty(boxes.shape, dtype=promoted(boxes, priors), device=boxes.device)
 
 
 @fake("decode")
 def _(deltas: Tensor, priors: Tensor, variances: list[float], bbox_xform_clip: float) -> Tensor:
-    return torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
+    return torch.empty(deltas.shape, dtype=promoted(deltas, priors), device=deltas.device)
 
 
 @fake("box_iou")
@@ -129,14 +132,16 @@ def _refuse_prior_gradient(ctx: Any, op: str) -> None:
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:
-    """Halves as float32, in which the ops compute them."""
-    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    """In the dtype that the ops compute in: float64 if one of them is, else float32."""
+    dtype = torch.promote_types(promoted(*tensors), torch.float32)
+    return [t.to(dtype) for t in tensors]
 
 
 def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     _refuse_prior_gradient(ctx, "encode")
-    dtype = grad.dtype
-    boxes, priors, grad = _widened(*ctx.saved_tensors, grad)
+    boxes, priors = ctx.saved_tensors
+    dtype = boxes.dtype
+    boxes, priors, grad = _widened(boxes, priors, grad)
     (variances,) = ctx.constants
     extent = boxes[..., 2:] - boxes[..., :2]
     center = grad[..., :2] * 0.5 / (priors[:, 2:] * variances[0])
@@ -146,8 +151,9 @@ def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     _refuse_prior_gradient(ctx, "decode")
-    dtype = grad.dtype
-    deltas, priors, grad = _widened(*ctx.saved_tensors, grad)
+    deltas, priors = ctx.saved_tensors
+    dtype = deltas.dtype
+    deltas, priors, grad = _widened(deltas, priors, grad)
     variances, clip = ctx.constants
     scaled = deltas[..., 2:] * variances[1]
     extent = scaled.clamp(max=clip).exp() * priors[:, 2:]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssd_ext.ops._boxes import BBOX_XFORM_CLIP
-from ssd_ext.ops._library import autocast_to_float32, call, fake, refuse_gradient
+from ssd_ext.ops._library import autocast_to_float32, call, fake, promoted, refuse_gradient
 
 _SIGMOID = {"softmax": False, "sigmoid": True}
 
@@ -30,12 +30,12 @@ def detect(
     best; NMS among them; the ``max_detections`` best of all classes.
 
     Args:
-        deltas: ``[B, P, 4]`` as :func:`ssd_ext.ops.encode` gives them. float32, float64, float16 or
-            bfloat16; the halves compute in float32.
-        logits: ``[B, P, C]``, same dtype and device. Any strides, so a head's ``[B, C, P]`` is best
-            passed as ``logits.mT``: it is not copied. (Under autocast all three are cast to float32 first,
-            which copies halves.)
-        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, same dtype and device.
+        deltas: ``[B, P, 4]`` as :func:`ssd_ext.ops.encode` gives them. The three tensors may be float32, float64,
+            float16 or bfloat16 independently, on one device, and are read as they are.
+        logits: ``[B, P, C]``. Any strides, so a head's ``[B, C, P]`` is best passed as ``logits.mT``: it is not copied.
+            (Under autocast all three are cast to float32 first, which copies halves.)
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``. Keep them in float32 beside heads in half precision,
+            which does not hold their positions.
         score_threshold: in 0..1; a score is a candidate's above it (``>``).
         iou_threshold: in 0..1; a box is suppressed where its IoU with a kept box is above (``>``).
         topk_per_class: candidates of each class that NMS looks at, 1 or more.
@@ -47,13 +47,18 @@ def detect(
         bbox_xform_clip: upper bound of decoded sizes, as for :func:`ssd_ext.ops.decode`.
         class_agnostic: boxes suppress those of other classes too.
         window: ``(x1, y1, x2, y2)`` that boxes are clipped to before NMS, in the units of ``priors``,
-            one for all images; usually the image. ``None``: they are not clipped.
+            one for all images; usually the image. Boxes that are returned in half precision are rounded to its inside.
+            ``None``: they are not clipped.
 
     Returns:
         ``boxes``: ``[B, K, 4]`` corners ``(x1, y1, x2, y2)`` in the units of ``priors``. ``scores``:
         ``[B, K]``, descending. ``labels``: ``[B, K]`` int64, classes from 1 on. ``counts``:
         ``[B]`` int64, how many of an image's ``K`` are detections; the others have box 0, score 0
         and label -1. :func:`unpad` makes a list of them.
+
+        Boxes and scores have one dtype, as NMS asks for: what those of ``deltas``, ``logits`` and ``priors`` promote to
+        (``torch.promote_types``), so float32 of heads in half precision beside float32 priors. In float64 all is
+        computed in float64, else in float32.
 
     Ties: of equal scores the lowest class comes first, then the lowest prior, in the order of the
     result and in the choice of the best. A NaN score is never detected (softmax: nor is anything of
@@ -130,8 +135,9 @@ def _(
     window: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = logits.shape[0], max_detections
+    scores = logits.new_empty(shape, dtype=promoted(deltas, logits, priors))
     labels = logits.new_empty(shape, dtype=torch.int64)
-    return logits.new_empty(*shape, 4), logits.new_empty(shape), labels, labels.new_empty(shape[0])
+    return scores.new_empty(*shape, 4), scores, labels, labels.new_empty(shape[0])
 
 
 refuse_gradient(

@@ -34,6 +34,11 @@ def fake(op: str) -> Callable[[Function], Function]:
     return register
 
 
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype to which those of floating tensors promote, whatever their number of dimensions."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+
+
 def autocast_to_float32(op: str) -> None:
     """Under autocast, cast every floating input to float32: boxes and scores lose too much in half."""
     for device in ("cpu", "cuda"):

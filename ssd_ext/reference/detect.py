@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ssd_ext.reference.boxes import decode
+from ssd_ext.reference.boxes import decode, promoted
 from ssd_ext.reference.nms import batched_nms, nms
 
 
@@ -25,6 +25,7 @@ def detect(
     window: tuple[float, float, float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(boxes [B, K, 4], scores [B, K], labels [B, K], counts [B])``; see :func:`ssd_ext.ops.detect`."""
+    deltas, logits, priors = promoted(deltas, logits, priors)
     all_scores = logits.softmax(-1) if activation == "softmax" else logits.sigmoid()
     all_boxes = decode(deltas, priors, variances=variances, bbox_xform_clip=bbox_xform_clip)
     if window is not None:

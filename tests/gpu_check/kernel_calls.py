@@ -1,8 +1,8 @@
 """Calls the kernels of every op, those of the gradients too.
 
-By default on each small case in float32 and float64, and on two of a detector's size: what check.sh runs under
-compute-sanitizer. Whether the results are right is the tests' to ask. Every output is copied to the CPU, so that
-initcheck sees an element that no kernel wrote.
+By default on each small case in float32, float64 and the mixes of dtypes that it names, and on two of a detector's
+size: what check.sh runs under compute-sanitizer. Whether the results are right is the tests' to ask. Every output is
+copied to the CPU, so that initcheck sees an element that no kernel wrote.
 
 With ``--compare``, a first look: op by op, one small case in each dtype and one of a detector's size are compared
 with the CPU's to the bit, and a line says OK, BITS DIFFER or what was raised. An op that breaks CUDA for the rest of
@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.base import difference
 from opinfo import OPS
-from opinfo.spec import EXACT, Case, Inputs, OpInfo, convert, tensors_in
+from opinfo.spec import EXACT, Case, Inputs, Mix, OpInfo, convert, tensors_in
 
 SEED = 20
 HANGS = 10  # seconds without an answer of an op that takes one at most
@@ -43,7 +43,7 @@ def outputs(op: OpInfo, inputs: Inputs, device: str) -> Any:
     return convert((op.with_gradients(call, inputs) if op.differentiable else call)(), device="cpu")
 
 
-def calls() -> Iterator[tuple[OpInfo, Case, torch.dtype]]:
+def calls() -> Iterator[tuple[OpInfo, Case, torch.dtype | Mix]]:
     """All that there are; the most wanted first, should time run out."""
     for dtype in EXACT:
         for op in OPS:
@@ -53,6 +53,10 @@ def calls() -> Iterator[tuple[OpInfo, Case, torch.dtype]]:
         for op in OPS if dtype == torch.float32 else ():
             if op.name in LARGE:
                 yield op, op.full_size_case, dtype
+    for op in OPS:
+        for case in op.cases:
+            for mix in case.mixes:
+                yield op, case, mix
 
 
 def is_lost(device: str) -> bool:
