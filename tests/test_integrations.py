@@ -21,6 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.ssd import SSD  # noqa: E402
 from torchvision.ops import boxes as box_ops  # noqa: E402
 
+from opinfo.spec import HALVES, convert  # noqa: E402
 from ssd_ext.integrations.torchvision import accelerate, restore  # noqa: E402
 
 SIZES = ((90, 120), (128, 128), (150, 100))
@@ -467,6 +468,27 @@ def test_autocast(build):
 def _autocast_step(model):
     with torch.autocast("cpu", torch.bfloat16):
         return step(model, objects())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("build", [ssd, retinanet])
+def test_anchors_are_not_rounded_to_half(build, dtype):
+    model = accelerate(build()).eval()
+    g = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[1289.3, 701.3, 1333.0, 777.0], [1001.0, 3.0, 1017.7, 21.3], [0.3, 0.3, 40.7, 60.1]])
+    deltas, logits = torch.randn(1, 3, 4, generator=g).to(dtype), torch.randn(1, 3, 3, generator=g).to(dtype) + 4
+    outputs = {"bbox_regression": deltas, "cls_logits": logits}
+    anchors = [corners]
+    if build is retinanet:
+        outputs, anchors = {name: [head] for name, head in outputs.items()}, [[corners]]
+    found, expected = (
+        model.postprocess_detections(convert(outputs, to), anchors, [(777, 1333)])[0] for to in (dtype, torch.float32)
+    )
+    assert len(found["boxes"])
+    assert (found["boxes"] <= torch.tensor([1333.0, 777.0] * 2)).all()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        assert torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize("build", BUILDERS)

@@ -22,8 +22,9 @@ Detections, losses and gradients are torchvision's but for rounding, and for the
 - Where an image has fewer negatives than SSD's mining asks for, torchvision counts positives twice. Here nothing is
   counted twice. An object of label 0, the background, has no part in SSD's box loss, nor in the number of objects that
   both losses are divided by; on a GPU nor has one of a negative label, an error of torchvision.
-- ``detect`` and ``multibox_loss`` compute halves in float32. SSD's losses are float32 at least, and so are detections
-  of SSD and RetinaNet under autocast.
+- ``detect`` and ``multibox_loss`` compute halves in float32. Losses of SSD, and detections of SSD and RetinaNet, are
+  float32 at least, in a model in half precision, too. Its anchors are taken as its generator gives them, which has
+  rounded them already, not rounded again to the type of the heads.
 - Detections of SSD and RetinaNet have no gradient: asking for one is an error.
 - SSD's losses have the type of its predictions, whatever that of the boxes of the ground truth.
 
@@ -162,7 +163,7 @@ class _SSD(_OnOps, SSD):
         loc, conf = ops.multibox_loss(
             head_outputs["bbox_regression"],
             head_outputs["cls_logits"],
-            ops.encode(boxes, _priors(anchors[0], boxes.dtype), variances=coding["variances"]),
+            ops.encode(boxes, _priors(anchors[0]), variances=coding["variances"]),
             labels,
             neg_to_pos_ratio=self.neg_to_pos_ratio,
         )
@@ -179,7 +180,7 @@ class _SSD(_OnOps, SSD):
         found = ops.detect(
             head_outputs["bbox_regression"],
             logits,
-            _priors(image_anchors[0], logits.dtype),
+            _priors(image_anchors[0]),
             score_threshold=self.score_thresh,
             iou_threshold=self.nms_thresh,
             topk_per_class=self.topk_candidates,
@@ -216,7 +217,7 @@ class _RetinaNet(_OnOps, RetinaNet):
                 ops.detect(
                     deltas,
                     logits,
-                    _priors(of_level, logits.dtype),
+                    _priors(of_level),
                     score_threshold=self.score_thresh,
                     iou_threshold=1.0,
                     topk_per_class=best,
@@ -378,8 +379,9 @@ def _whole(ratio: float) -> bool:
     return ratio >= 0 and float(ratio).is_integer()
 
 
-def _priors(corners: Tensor, dtype: torch.dtype) -> Tensor:
-    return box_convert(corners.to(dtype), "xyxy", "cxcywh")
+def _priors(corners: Tensor) -> Tensor:
+    """Centre and size, float32 at least: the coder of torchvision rounds anchors to the type of the heads."""
+    return box_convert(corners.to(torch.promote_types(corners.dtype, torch.float32)), "xyxy", "cxcywh")
 
 
 def _padded(rows: Tensor) -> Tensor:
