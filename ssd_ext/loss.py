@@ -3,19 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from ssd_ext import ops
+from ssd_ext._buffers import FloatBuffers
 from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
 from ssd_ext.ops._multibox_loss import check_normalize
 
 
-class MultiBoxLoss(nn.Module):
+class MultiBoxLoss(FloatBuffers):
     """:func:`ssd_ext.ops.assign_targets`, then :func:`ssd_ext.ops.multibox_loss`.
 
     Args:
-        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, kept as a buffer that moves with the module and
-            is not in its state; None to give them with each call.
+        priors: ``[P, 4]`` centre and size ``(cx, cy, w, h)``, kept as a buffer that moves with the module, is float32
+            after ``half()`` and ``bfloat16()``, and is not in its state; None to give them with each call.
         iou_threshold: of a match; see :func:`ssd_ext.ops.match`.
         low_threshold: if given, priors whose best IoU is from here up to ``iou_threshold`` are ignored.
         force: ``"bipartite"`` (the paper's), ``"last"`` (torchvision's) or ``"none"``.
@@ -91,7 +92,7 @@ class MultiBoxLoss(nn.Module):
         Args:
             deltas: ``[B, P, 4]`` predicted box offsets.
             logits: ``[B, P, C]`` class scores before the softmax; class 0 is background.
-            ground_truth: the objects of the images, boxes ``(x1, y1, x2, y2)`` in the units and dtype of the priors,
+            ground_truth: the objects of the images, boxes ``(x1, y1, x2, y2)`` in the units of the priors,
                 labels ``1..C - 1``, or -1 for a region to ignore: a :class:`ssd_ext.GroundTruth`, or a list with a dict
                 ``{"boxes", "labels"}`` for each image. An image may have none.
             priors: ``[P, 4]``, where the module has none.
@@ -101,7 +102,7 @@ class MultiBoxLoss(nn.Module):
             where = "to both" if given else "to neither"
             raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {where}")
         target_deltas, target_labels = ops.assign_targets(
-            as_ground_truth(ground_truth, given[0]),
+            as_ground_truth(ground_truth, given[0]).to(given[0].dtype),
             given[0],
             validate=self.validate,
             num_classes=logits.shape[-1] if self.validate else None,

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from examples import serve  # noqa: E402
 from opinfo.detect import DETECT  # noqa: E402
-from opinfo.spec import convert  # noqa: E402
+from opinfo.spec import HALVES, convert  # noqa: E402
 from ssd_ext import _C, cli, export, ops  # noqa: E402
 from ssd_ext.models import ssdlite320_mobilenet_v2  # noqa: E402
 
@@ -270,6 +270,28 @@ def test_onnx_of_other_types_computes_in_float32(dtype, generator, tmp_path):
     assert found[1].dtype == dtype
     rounded = convert(expected, dtype)
     assert_equal_detections(convert(found, torch.float32), convert(rounded, torch.float32))
+
+
+@torch.no_grad()
+def test_onnx_of_heads_in_half_beside_float32_priors(generator, tmp_path):
+    heads = torch.randn(2, 30, 4, generator=generator).half(), torch.randn(2, 30, 5, generator=generator).half()
+    priors = torch.rand(30, 4, generator=generator) + 0.2
+    export.onnx(torch.export.export(Detect({}), (*heads, priors)), tmp_path / "op.onnx")
+    found = run(session(tmp_path / "op.onnx"), deltas=heads[0], logits=heads[1], priors=priors)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert_equal_detections(found, ops.detect(*heads, priors))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@torch.no_grad()
+def test_program_of_a_model_in_half_takes_float32_images(dtype):
+    model = spread(small()).eval().to(dtype)
+    program = export.program(model, (60, 50))
+    images = torch.stack(pictures(((60, 50),) * 3))
+    found, expected = program.module()(images), model.predict(images)
+    assert [t.dtype for t in found] == [torch.float32, torch.float32, torch.int64, torch.int64]
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The models: as torchvision's with the same weights, any backbone and size, compiled, cast, on hostile input."""
 
+import copy
 import dataclasses
+import pickle
 from functools import partial
 
 import pytest
@@ -27,7 +29,9 @@ from torchvision.models import detection  # noqa: E402
 from torchvision.models.detection.transform import GeneralizedRCNNTransform  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
+from opinfo.spec import HALVES  # noqa: E402
 from ssd_ext import GroundTruth, MultiBoxLoss, export, ops  # noqa: E402
+from ssd_ext.inference import detect_images  # noqa: E402
 from ssd_ext.models import MODELS, create, ssd300_vgg16, ssd512_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
 from ssd_ext.models.weights import _LAYOUTS  # noqa: E402
 from ssd_ext.priors import SSD300_COCO  # noqa: E402
@@ -221,11 +225,61 @@ def test_ssd300_and_512_of_other_sizes():
         ssd512_vgg16(2, prior_spec=ssd300_vgg16(2).prior_spec)
 
 
-def test_detections_have_the_type_of_the_predictions():
-    model = small().eval().half()
-    deltas, logits = torch.zeros(1, len(model.priors), 4).half(), torch.zeros(1, len(model.priors), 4).half()
-    boxes, scores, *_ = model.postprocess(deltas, logits, torch.tensor([[50.0, 60.0]]))
-    assert boxes.dtype == scores.dtype == torch.float16
+@pytest.mark.parametrize("dtype", HALVES)
+def test_halves_are_for_the_weights_only(dtype):
+    model, half = small().eval(), small().eval().to(dtype)
+    for name, buffer in model.named_buffers(recurse=False):
+        assert torch.equal(getattr(half, name), buffer), name
+    assert half.architecture == model.architecture
+    deltas = torch.randn(2, len(model.priors), 4).to(dtype)
+    logits = torch.randn(2, len(model.priors), 4).to(dtype)
+    sizes = torch.tensor([[777, 1333], [60, 50]])
+    found, expected = half.postprocess(deltas, logits, sizes), model.postprocess(deltas.float(), logits.float(), sizes)
+    losses = half.losses(deltas, logits, targets(sizes.tolist(), 4), sizes)
+    wanted = model.losses(deltas.float(), logits.float(), targets(sizes.tolist(), 4), sizes)
+    for f, e in zip((*found, *losses.values()), (*expected, *wanted.values()), strict=True):
+        assert f.dtype == e.dtype
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda model: model.double().half()])
+def test_float_buffers_survive_whatever_a_module_does(convert):
+    model = copy.deepcopy(convert(small()))
+    assert model.priors.dtype == model.mean.dtype == torch.float32
+    assert torch.equal(model.priors, small().priors)
+    model.load_state_dict(model.state_dict())
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged.module.priors, model.priors)
+    assert pickle.loads(pickle.dumps(model)).to("meta", torch.bfloat16).priors.dtype == torch.float32
+    assert model.float().priors.dtype == torch.float32
+    assert model.double().priors.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@torch.no_grad()
+def test_half_models_detect_in_images_of_any_size_and_dtype(dtype):
+    model = ssdlite320_mobilenet_v2(5).eval().to(dtype)
+    others = {name: buffer.dtype for name, buffer in model.backbone.named_buffers() if "running_mean" in name}
+    assert set(others.values()) == {dtype}  # buffers of other modules are as these make them
+    image = torch.rand(3, 777, 1333)
+    for given in (image, image.to(dtype)):
+        (found,) = model([given])
+        boxes = found["boxes"]
+        assert len(boxes)
+        assert boxes.dtype == found["scores"].dtype == torch.float32
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor([1333, 777] * 2)).all()
+        assert (boxes.amax(0)[2:] == torch.tensor([1333.0, 777.0])).any()
+        batch = given[None].expand(2, -1, -1, -1)
+        deltas, logits = model.heads(model.transform(batch))
+        assert deltas.dtype == logits.dtype == dtype
+        wide = ops.detect(deltas.float(), logits.float(), model.priors, window=(0, 0, 1, 1))
+        assert torch.equal(model.predict(batch)[0], wide[0] * torch.tensor([1333, 777] * 2))
+    (again,) = detect_images(model, [(image * 255).byte()])
+    assert again["boxes"].dtype == torch.float32
+    assert model.transform([]).dtype == dtype
+    assert model([]) == []
 
 
 @pytest.mark.parametrize("empty", [[0], [0, 1]])

@@ -15,7 +15,7 @@ from test_ops import assert_same_bits
 
 from opinfo.inputs import ssd300_priors, synthetic_gts
 from opinfo.multibox_loss import MULTIBOX_LOSS
-from opinfo.spec import FLOATS, close, convert
+from opinfo.spec import FLOATS, HALVES, close, convert
 from ssd_ext import _C, GroundTruth, MultiBoxLoss, ops, reference
 
 CASES = [pytest.param(case, id=case.name) for case in MULTIBOX_LOSS.cases if not case.benchmark]
@@ -260,6 +260,19 @@ def test_dtypes_may_differ(device, generator):
     assert close((loc, conf), reference.multibox_loss(**convert(mixed, torch.float64)), MULTIBOX_LOSS.tolerance) is None
     found = gradients(ops.multibox_loss, **mixed)
     assert [g.dtype for g in found] == [torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_module_in_half_keeps_its_priors(dtype, generator):
+    priors = torch.rand(40, 4, generator=generator) + 0.1
+    deltas, logits = (torch.randn(2, 40, n, generator=generator).to(dtype) for n in (4, 3))
+    exact, half = MultiBoxLoss(priors), MultiBoxLoss(priors).to(dtype)
+    assert torch.equal(half.priors, priors)
+    objects = [{"boxes": torch.tensor([[0.2, 0.1, 0.7, 0.9]]), "labels": torch.tensor([1])}] * 2
+    for boxes in (objects[0]["boxes"], objects[0]["boxes"].to(dtype)):  # which may be of any dtype
+        losses = half(deltas, logits, [{**target, "boxes": boxes} for target in objects])
+        wanted = exact(deltas.float(), logits.float(), [{**target, "boxes": boxes.float()} for target in objects])
+        assert [x.item() for x in losses] == [x.item() for x in wanted]
 
 
 def test_gradient_has_the_layout_of_the_logits(generator):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd_ext import ops
+from ssd_ext._buffers import FloatBuffers
 from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
 from ssd_ext.loss import MultiBoxLoss
 from ssd_ext.priors import PriorSpec
@@ -41,12 +42,15 @@ def name_of(builder: str, settings: Mapping[str, Any]) -> str | None:
     return None if {"head", "neck"} & settings.keys() else builder
 
 
-class SSD(nn.Module):
+class SSD(FloatBuffers):
     """A single shot detector: a backbone of several feature maps, perhaps a neck, two heads on each map, priors.
 
     Images are RGB in 0..1; each is resized to ``image_size`` (bilinear) and
     normalised by ``mean`` and ``std``. Boxes are corners ``(x1, y1, x2, y2)`` in pixels of the images as given;
     labels are int64, 0 being background.
+
+    ``half()``, ``bfloat16()`` and ``to(dtype)`` change the weights: images, of any floating dtype, are cast to theirs
+    once they are resized. Priors, ``mean`` and ``std`` stay float32 then, as do matching and detections.
 
     Args:
         backbone: ``backbone(x[B, 3, H, W]) -> list[Tensor]``, feature maps ``[B, C_k, h_k, w_k]``; a
@@ -73,7 +77,8 @@ class SSD(nn.Module):
 
     Attributes:
         prior_spec: the spec as :meth:`ssd_ext.priors.PriorSpec.resized` to this model's ``image_size`` and maps.
-        priors: ``[P, 4]`` centre and size as fractions of the image; a buffer, not in the state.
+        priors: ``[P, 4]`` centre and size as fractions of the image; a buffer, not in the state. float32, or float64
+            after ``double()``.
 
     Raises:
         ValueError: another number of maps than ``prior_spec`` has levels, an image size that is too small for the
@@ -162,7 +167,7 @@ class SSD(nn.Module):
         }
 
     def transform(self, images: Images) -> Tensor:
-        """``[B, 3, H, W]``, what :meth:`heads` takes: images normalised, then resized to ``image_size``.
+        """``[B, 3, H, W]``, what :meth:`heads` takes: normalised, resized to ``image_size``, in the weights' type.
 
         Args:
             images: a list of ``[3, h, w]``, of any sizes, or ``[B, 3, h, w]``; RGB in 0..1.
@@ -172,16 +177,24 @@ class SSD(nn.Module):
         """
         if isinstance(images, Tensor):
             _check_image(images, "images", 4)
-            return self._resize((images - self.mean) / self.std)
+            return self._prepare(images).to(self._dtype)
         for i, image in enumerate(images):
             _check_image(image, f"images[{i}]", 3)
-        resized = [self._resize(((image - self.mean) / self.std)[None]) for image in images]
-        return torch.cat(resized) if resized else self.mean.new_empty(0, 3, *self.image_size)
+        prepared = [self._prepare(image[None]) for image in images]
+        batch = torch.cat(prepared) if prepared else self.mean.new_empty(0, 3, *self.image_size)
+        return batch.to(self._dtype)
 
-    def _resize(self, images: Tensor) -> Tensor:
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Normalised and resized, never in half precision, which torch does not resize with antialiasing on a CPU."""
+        images = (images - self.mean) / self.std
         if tuple(images.shape[-2:]) == self.image_size:
             return images
         return F.interpolate(images, self.image_size, mode="bilinear", align_corners=False, antialias=self.antialias)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of the weights which images meet first."""
+        return next((weights.dtype for weights in self.parameters() if weights.is_floating_point()), self.mean.dtype)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The raw predictions of a batch from :meth:`transform`.
