@@ -75,6 +75,7 @@ def _coding_errors(key):
 def _hostile_deltas(g):
     deltas = _deltas((4,), 6, g)
     deltas[0], deltas[1, :, 2:], deltas[2, 0], deltas[3, 1] = math.nan, 500, math.inf, -math.inf
+    deltas[3, 2, 2] = math.nan  # the width alone
     return {"deltas": deltas, "priors": _priors(6, g)}
 
 
