@@ -7,21 +7,17 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from ssd_ext.ops._library import define, fake, promoted
-from ssd_ext.reference.boxes import decode
 
 if TYPE_CHECKING:
     from ssd_ext.models import SSD
 
-__all__ = ["METADATA_FILE", "aot_inductor", "metadata", "onnx", "program", "save"]
+__all__ = ["METADATA_FILE", "aot_inductor", "metadata", "onnx", "onnx_translations", "program", "save"]
 
 OUTPUTS = ("boxes", "scores", "labels", "counts")
 METADATA_FILE = "metadata.json"  # in what save() writes
@@ -153,6 +149,55 @@ def _as_json(values: dict[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in values.items()}
 
 
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations of the ops to standard ONNX operators, for ``torch.onnx.export`` of any model that calls them.
+
+    >>> torch.onnx.export(model, args, dynamo=True, custom_translation_table=export.onnx_translations())
+
+    The table holds ``encode``, ``decode``, ``box_iou``, ``nms``, ``batched_nms``, ``nms_padded``,
+    ``batched_nms_padded`` and ``detect`` of :mod:`ssd_ext.ops`, with all their arguments; the numbers of images, boxes
+    and priors may be dynamic. What a runtime computes is what the op computes, with the same rules for ties, NaN and
+    boxes without area, except:
+
+    - All types compute in float32, float64 and the integers of ``box_iou`` too; the result has the op's type.
+    - Runtimes round in their own way, so that a score or an IoU beside its threshold, and nearly equal scores, may be
+      decided differently.
+    - With an ``iou_threshold`` of 0, an IoU below 1.2e-38 does not suppress. Scores are ranked in float32, which is
+      exact for up to 2^24 boxes.
+    - ``batched_nms`` needs memory for a number for each box and each distinct id.
+
+    This holds in ONNX Runtime, which follows the specification. OpenVINO (on the CPU) differs: an IoU equal to the
+    threshold suppresses, of equal scores any may come first and be kept, ids must fit in 32 bits, and no dimension may
+    be fixed at 0. It may compute in bfloat16 unless ``INFERENCE_PRECISION_HINT`` is ``"f32"``. Other runtimes were not
+    tested.
+
+    Returns:
+        An op and the function that translates it, for each op: ``{**export.onnx_translations(), op: function}`` adds
+        one of your own. They need ``dynamo=True`` and an ``opset_version`` of 18 or newer.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+
+    Source: the operators NonMaxSuppression (11), TopK (11), Unique (11), GatherND (13), ScatterElements (18) and
+    ScatterND (18) of the ONNX specification.
+    """
+    try:
+        from ssd_ext import _onnx
+    except ImportError as error:
+        raise ImportError(
+            'export to ONNX needs onnxscript: pip install "ssd_ext[export]"', name="onnxscript"
+        ) from error
+    ops = torch.ops.ssd_ext
+    return {
+        ops.encode.default: _onnx.encode,
+        ops.decode.default: _onnx.decode,
+        ops.box_iou.default: _onnx.box_iou,
+        ops.nms.default: _onnx.nms,
+        ops.nms_padded.default: _onnx.nms_padded,
+        ops.detect.default: _onnx.detect,
+    }
+
+
 def onnx(
     model: "SSD | torch.export.ExportedProgram",
     path: str | Path,
@@ -168,15 +213,11 @@ def onnx(
     metadata of the file are the entries of :func:`metadata` as JSON.
 
     What a runtime finds is what :func:`ssd_ext.ops.detect` finds, in the same order, as far as it computes the same
-    floats: a score or an IoU beside its threshold, and nearly equal scores, may come out differently. The specification
-    of ONNX says which of equal scores is chosen (the lowest class, then the lowest prior) and how boxes are clipped; of
-    ``NonMaxSuppression`` it leaves open which of equal scores is kept, and its older texts whether an IoU equal to the
-    threshold suppresses. In ONNX Runtime, as in this package, the lowest index is kept, and only an IoU strictly above
-    suppresses. Scores and boxes are computed in float32 whatever the model's type.
+    floats: :func:`onnx_translations`, of which the file is made, tells the exceptions.
 
     Args:
-        model: in eval mode; or a program of ``torch.export`` of any detector that calls :func:`ssd_ext.ops.detect` and
-            no other op of this package, which is written without metadata.
+        model: in eval mode; or a program of ``torch.export`` of any detector that calls no ops of this package but
+            those of :func:`onnx_translations`, which is written without metadata.
         path: of the file, of which the weights are part: at most 2 GiB.
         classes: as for :func:`metadata`.
         size: as for :func:`program`.
@@ -186,17 +227,12 @@ def onnx(
     Raises:
         ImportError: onnx or onnxscript is not installed.
         TypeError: a module other than an :class:`ssd_ext.models.SSD`.
-        ValueError: as :func:`metadata`; an ``opset`` below 18; a program without priors; ``classes`` or ``size`` for a
-            program.
+        ValueError: as :func:`metadata`; an ``opset`` below 18; a program that calls an op without a translation;
+            ``classes`` or ``size`` for a program.
 
-    Source: the operators NonMaxSuppression (11), TopK (11), ScatterND (18), Resize (18) of the ONNX specification.
+    Source: as :func:`onnx_translations`, and the operator Resize (18) of the ONNX specification.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'ssd_ext.export.onnx needs onnxscript: pip install "ssd_ext[export]"', name="onnxscript"
-        ) from error
+    translations = onnx_translations()
     if opset < 18:
         raise ValueError(f"opset must be 18 or newer, got {opset}")
     if isinstance(model, torch.export.ExportedProgram):
@@ -204,92 +240,21 @@ def onnx(
             raise ValueError(
                 "classes and size are for a model: a program is written without metadata, and has its size"
             )
+        called = {node.target for node in model.graph.nodes if getattr(node.target, "namespace", None) == "ssd_ext"}
+        if missing := called - translations.keys():
+            names = ", ".join(sorted(op.name() for op in missing))
+            raise ValueError(f"program must call ops that onnx_translations() translates, but calls {names}")
         texts, exported = {}, model
     else:
         texts, exported = _as_json(metadata(model, classes, size)), program(model, size)
-    exported = exported.run_decompositions({torch.ops.ssd_ext.detect.default: _detect})
     written = torch.onnx.export(
         exported,
         dynamo=True,
         opset_version=opset,
         output_names=output_names,
-        custom_translation_table={torch.ops.ssd_ext.nms_scores.default: _nms_scores_in_onnx},
+        custom_translation_table=translations,
         verbose=False,
     )
     assert written is not None  # None only without dynamo
     written.model.metadata_props.update(texts)
     written.save(path, external_data=False)
-
-
-def _detect(
-    deltas: Tensor,
-    logits: Tensor,
-    priors: Tensor,
-    score_threshold: float,
-    iou_threshold: float,
-    topk_per_class: int,
-    max_detections: int,
-    sigmoid: bool,
-    variances: list[float],
-    bbox_xform_clip: float,
-    class_agnostic: bool,
-    window: list[float] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`ssd_ext.ops.detect` without a shape that depends on data, but for ``nms_scores``.
-
-    A score of -1 is none. Rows of the scores are classes and columns priors, so that the lowest index, which
-    ONNX's TopK prefers among equals, is the lowest class, then the lowest prior.
-    """
-    if len(priors) == 0:
-        raise ValueError("ONNX takes no detector without priors")
-    dtype = promoted(deltas, logits, priors)
-    boxes = decode(
-        deltas.float(), priors.float(), variances=(variances[0], variances[1]), bbox_xform_clip=bbox_xform_clip
-    )
-    if window is not None:
-        low, high = window[:2] * 2, window[2:] * 2
-        boxes = torch.stack([boxes[..., i].clamp(low[i], high[i]) for i in range(4)], -1)
-    logits = logits.float()
-    scores = (logits.sigmoid() if sigmoid else logits.softmax(-1)[..., 1:]).mT
-    scores = torch.where(scores > score_threshold, scores, -1.0)
-    classes, num_priors = scores.shape[1:]
-    if topk_per_class < num_priors:
-        best, prior = scores.topk(topk_per_class)
-        scores = torch.full_like(scores, -1.0).scatter(2, prior, best)
-    if class_agnostic:
-        scores = torch.ops.ssd_ext.nms_scores(boxes.repeat(1, classes, 1), scores.flatten(1)[:, None], iou_threshold)
-    else:
-        scores = torch.ops.ssd_ext.nms_scores(boxes, scores, iou_threshold)
-    scores = F.pad(scores.flatten(1), (0, max(0, max_detections - classes * num_priors)), value=-1.0)
-    scores, index = scores.topk(max_detections)
-    found = scores >= 0
-    boxes = boxes.gather(1, (index % num_priors)[..., None].expand(-1, -1, 4))
-    return (
-        torch.where(found[..., None], boxes, 0.0).to(dtype),
-        torch.where(found, scores, 0.0).to(dtype),
-        torch.where(found, index // num_priors + 1, -1),
-        found.sum(1),
-    )
-
-
-# What NonMaxSuppression keeps has a length that depends on data; written back as scores it has not, and torch.export
-# can follow. The op only stands for the nodes of _nms_scores_in_onnx: it has no kernel.
-define("nms_scores(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-
-
-@fake("nms_scores")
-def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return torch.empty_like(scores)
-
-
-def _nms_scores_in_onnx(boxes: Any, scores: Any, iou_threshold: float) -> Any:
-    """``[B, P, 4]`` and ``[B, C, P]`` to ``[B, C, P]``: -1 instead of the scores that NMS, class by class, drops."""
-    from onnxscript import opset18 as op
-
-    most = op.Constant(value_ints=[scores.shape[2]])
-    # Absent scores lie below the threshold of 0, real ones above: a runtime may compare by > or >=.
-    kept = op.NonMaxSuppression(
-        boxes, scores, most, op.Constant(value_floats=[iou_threshold]), op.Constant(value_floats=[0.0])
-    )
-    none = op.Expand(op.Constant(value_floats=[-1.0]), op.Shape(scores))
-    return op.ScatterND(none, kept, op.GatherND(scores, kept))

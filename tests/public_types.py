@@ -1,5 +1,6 @@
 """What a type checker tells users of the public functions. mypy reads this, nothing runs it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +60,7 @@ def modules_give_what_forward_gives(t: Tensor, gt: GroundTruth, model: SSD) -> N
     assert_type(model.postprocess(*model.heads(t), sizes=t), Four)
     assert_type(model.losses(t, t, gt), dict[str, Tensor])
     assert_type(export.program(model), ExportedProgram)
+    assert_type(export.onnx_translations(), dict[Callable[..., Any], Callable[..., Any]])
 
 
 class Own(Backbone):

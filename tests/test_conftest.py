@@ -17,7 +17,8 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "n
 
 OPTIONAL = [
     *NEEDED,
-    *["matplotlib", "mkdocs", "onnx", "onnxruntime", "onnxscript", "pycocotools", "safetensors", "tensorboard"],
+    *["matplotlib", "mkdocs", "onnx", "onnxruntime", "onnxscript", "openvino", "pycocotools", "safetensors"],
+    "tensorboard",
 ]
 
 
