@@ -320,6 +320,8 @@ def test_nms_in_onnx(runtime, nms_file, generator):
     for case in BATCHED_NMS.cases:
         inputs = case.make(generator)
         boxes, scores, ids = inputs["boxes"], inputs["scores"], inputs["idxs"].long()
+        if case.oracle == torch.float32:  # the edge of its range: runtimes take subnormal numbers for 0
+            continue
         if len(boxes) > 1000 or (runtime is openvino and bool((ids != ids.int()).any())):
             continue  # integers of OpenVINO have 32 bits
         expected = every_nms(boxes, scores, ids)
@@ -380,7 +382,7 @@ def test_boxes_in_onnx(runtime, info, box_file, generator):
     for case in info.cases:
         inputs = case.make(generator)
         first, second = inputs.values()
-        if case.benchmark or (info is not BOX_IOU and first.dim() != 3):
+        if case.benchmark or case.oracle == torch.float32 or (info is not BOX_IOU and first.dim() != 3):
             continue
         given = [torch.rand(1, 2, 4), torch.rand(2, 4), torch.rand(2, 4), torch.rand(2, 4)]
         given[slice(2, 4) if info is BOX_IOU else slice(0, 2)] = first, second
@@ -534,11 +536,16 @@ def test_translations_beside_those_of_torchvision(opset, generator, tmp_path):
 @torch.no_grad()
 def test_onnx_of_heads_in_half_beside_float32_priors(generator, tmp_path):
     heads = torch.randn(2, 30, 4, generator=generator).half(), torch.randn(2, 30, 5, generator=generator).half()
-    priors = torch.rand(30, 4, generator=generator) + 0.2
-    export.onnx(torch.export.export(Detect({}), (*heads, priors)), tmp_path / "op.onnx")
-    found = run(session(tmp_path / "op.onnx"), deltas=heads[0], logits=heads[1], priors=priors)
-    assert found[0].dtype == found[1].dtype == torch.float32
-    assert_equal_detections(found, ops.detect(*heads, priors))
+    tensors = [*heads, torch.rand(30, 4, generator=generator) + 0.2]
+
+    def calls(deltas, logits, priors):
+        return [*ops.detect(deltas, logits, priors), ops.decode(deltas, priors)]
+
+    export_calls(calls, tensors, tmp_path / "op.onnx")
+    found, expected = onnx_runtime(tmp_path / "op.onnx")(**named(tensors)), calls(*tensors)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert_equal_detections(found[:4], expected[:4])
+    torch.testing.assert_close(found[4], expected[4])
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -22,6 +22,7 @@ from torchvision.models.detection.ssd import SSD  # noqa: E402
 from torchvision.ops import boxes as box_ops  # noqa: E402
 
 from opinfo.spec import HALVES, convert  # noqa: E402
+from ssd_ext import export  # noqa: E402
 from ssd_ext.integrations.torchvision import accelerate, restore  # noqa: E402
 
 SIZES = ((90, 120), (128, 128), (150, 100))
@@ -456,6 +457,23 @@ def test_compiled(build):
     ours, _ = pair(build)
     expected = detect(ours, 2)
     assert_same_detections(detect(torch.compile(ours, backend="aot_eager"), 2), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [ssd, faster_rcnn])
+@torch.no_grad()
+def test_exported_to_onnx(build, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ours, _ = pair(build)
+    batch = images()[-1:]
+    table = export.onnx_translations()
+    torch.onnx.export(ours.eval(), (batch,), dynamo=True, custom_translation_table=table).save(tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: batch[0].numpy()})
+    expected = ours(batch)
+    found = [dict(zip(expected[0], map(torch.from_numpy, found), strict=True))]
+    assert_same_detections(found, expected)
 
 
 @pytest.mark.parametrize("build", BUILDERS)

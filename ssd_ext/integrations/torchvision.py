@@ -30,7 +30,8 @@ Detections, losses and gradients are torchvision's but for rounding, and for the
 
 torchvision's own code runs where the ops do not take a setting: a threshold outside 0..1; no candidates or detections
 to keep; negatives for each positive of SSD in a number that is not whole; a coder, similarity or generator of anchors
-of your own, or images of several sizes in an SSD. ``torch.jit`` and export to ONNX take a restored model only.
+of your own, or images of several sizes in an SSD. ``torch.jit``, and an export to ONNX by it, take a restored model
+only; ``torch.onnx.export(dynamo=True)`` takes an accelerated one with :func:`ssd_ext.export.onnx_translations`.
 """
 
 from collections.abc import Callable
