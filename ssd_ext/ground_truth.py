@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import described, is_plain
+
 # As torchvision's detectors take them: of each image {"boxes": [G_b, 4], "labels": [G_b]}.
 Targets = Sequence[Mapping[str, Tensor]]
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -42,7 +44,10 @@ class GroundTruth(NamedTuple):
                 format is not XYXY.
         """
         if isinstance(boxes, Tensor) or isinstance(labels, Tensor):
-            raise ValueError("GroundTruth.from_lists: boxes and labels must be lists with a tensor for each image")
+            wrong = described(boxes if isinstance(boxes, Tensor) else labels)
+            raise ValueError(
+                f"GroundTruth.from_lists: boxes and labels must be lists with a tensor for each image, got {wrong}"
+            )
         images = [_boxes(of_image, b) for b, of_image in enumerate(boxes)]
         counts = [len(of_image) for of_image in images]
         rows = _joined(images, images[0] if images else torch.empty(0, 4))
@@ -51,8 +56,8 @@ class GroundTruth(NamedTuple):
             if len(labels) != len(images):
                 raise ValueError(f"labels must be of {len(images)} images, as boxes, got {len(labels)}")
             for b, (of_image, count) in enumerate(zip(labels, counts, strict=True)):
-                if not isinstance(of_image, Tensor) or of_image.shape != (count,):
-                    given = list(of_image.shape) if isinstance(of_image, Tensor) else type(of_image).__name__
+                if not is_plain(of_image) or of_image.shape != (count,):
+                    given = list(of_image.shape) if is_plain(of_image) else described(of_image)
                     raise ValueError(f"labels of image {b} must be a tensor [{count}], as its boxes, got {given}")
             classes = as_int64(_joined(labels, classes))
         bounds = [0]
@@ -119,8 +124,9 @@ class GroundTruth(NamedTuple):
 
         Raises:
             ValueError: a box with a NaN, an infinity or without area, or a label that is neither in ``1..C - 1`` nor
-                -1; names image, box and value.
+                -1; names image, box and value. A part that is not a tensor.
         """
+        self._check_tensors()
         used = int(self.offsets[-1])
         boxes, labels = self.boxes[:used], self.labels[:used]
         for row in (~are_valid(boxes)).nonzero().flatten().tolist()[:1]:
@@ -135,6 +141,11 @@ class GroundTruth(NamedTuple):
                 f"label must be {valid} (0 is background, -1 a region to ignore), got {int(labels[row])} "
                 f"({self._place(row)})"
             )
+
+    def _check_tensors(self) -> None:
+        for name, part in self._asdict().items():
+            if not is_plain(part):
+                raise ValueError(f"ground_truth.{name} must be a plain tensor, got {described(part)}")
 
     def _place(self, row: int) -> str:
         bounds = self.offsets.cpu()
@@ -167,6 +178,7 @@ def as_ground_truth(value: GroundTruth | Targets, like: Tensor | None = None) ->
                 + (f"{kind} of tensors" if isinstance(value, list | tuple) else kind)
             )
         value = GroundTruth.from_targets(value)
+    value._check_tensors()
     if like is not None and _has_no_rows(value.boxes) and value.boxes.shape == (0, 4):
         return value.to(like.device)._replace(boxes=like.new_empty(0, 4))
     return value
@@ -209,8 +221,8 @@ def as_int64(values: Tensor) -> Tensor:
 
 
 def _boxes(boxes: Tensor, image: int) -> Tensor:
-    if not isinstance(boxes, Tensor):
-        raise ValueError(f"boxes of image {image} must be a tensor [G, 4], got {type(boxes).__name__}")
+    if not is_plain(boxes):
+        raise ValueError(f"boxes of image {image} must be a tensor [G, 4], got {described(boxes)}")
     boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes of image {image} must be [G, 4], got {list(boxes.shape)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks.peers import MissingPeerError, peers_of
 from opinfo import OPS
 from opinfo.boxes import DECODE
 from opinfo.spec import EXACT, convert, map_tensors, tensors_in
-from ssd_ext import ops
+from ssd_ext import GroundTruth, ops
 
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{case.name}", marks=[pytest.mark.slow] if case.benchmark else [])
@@ -187,6 +188,58 @@ def test_thresholds_decide_to_the_bit(op, case, device, generator):
                 changed = {**inputs, name: threshold}
                 wrong = op.mismatch(changed, op.op(**convert(changed, device=device)), op.reference(**changed))
                 assert wrong is None, f"{name}={threshold}, {dtype}: {wrong}"
+
+
+@pytest.mark.parametrize(("op", "case"), EACH)
+def test_what_is_no_plain_tensor_is_named(op, case, generator):
+    inputs = case.make(generator)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            parts = {name: (value, lambda wrong, name=name: {name: wrong})}
+        elif isinstance(value, GroundTruth):
+            parts = {
+                f"{name}.{part}": (
+                    t,
+                    lambda wrong, part=part, given=value: {"ground_truth": given._replace(**{part: wrong})},
+                )
+                for part, t in value._asdict().items()
+            }
+        else:
+            continue
+        for shown, (tensor, change) in parts.items():
+            wrong_ones = {
+                "ndarray": tensor.numpy(),
+                "list": tensor.tolist(),
+                "dict": {"tensor": tensor},
+                "a nested tensor": torch.nested.nested_tensor([tensor, tensor]),
+                "layout torch.sparse_coo": tensor.to_sparse(),
+            }
+            for said, wrong in wrong_ones.items():
+                with pytest.raises(ValueError, match=rf"{re.escape(shown)} must be a plain tensor, got .*{said}"):
+                    op.op(**{**inputs, **change(wrong)})
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: ops.decode(x, x, variances=0.1), "decode: variances must be 2 numbers, got 0.1"),
+        (lambda x: ops.encode(x, x, variances=("a", "b")), r"encode: variances must be 2 numbers, got \('a', 'b'\)"),
+        (lambda x: ops.detect(x[None], x[None], x, window=1.0), "detect: window must be 4 numbers, got 1.0"),
+        (lambda x: ops.nms(x, x[:, 0], "0.5"), "nms: iou_threshold must be a number, got '0.5'"),
+        (lambda x: ops.nms(x, x[:, 0], None), "nms: iou_threshold must be a number, got None"),
+        (lambda x: ops.detect(x[None], x[None], x, topk_per_class=1.5), "topk_per_class must be an integer, got 1.5"),
+    ],
+)
+def test_what_is_no_number_is_named(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(torch.rand(3, 4))
+
+
+def test_other_errors_stay_as_they_are():
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        ops.nms(torch.rand(3, 4), torch.rand(3))
+    with pytest.raises(RuntimeError, match="no gradient for priors"):
+        ops.decode(torch.rand(3, 4), torch.rand(3, 4, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.parametrize(("op", "error"), ERRORS)

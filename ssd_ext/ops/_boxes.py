@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ground_truth import INTEGERS
 from ssd_ext.ops._library import autocast_to_float32, call, differentiable, fake, promoted, refuse_gradient
 
 BBOX_XFORM_CLIP = math.log(1000 / 16)
 
 
+@explained
 def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0.1, 0.2)) -> Tensor:
     """Encode boxes as deltas from priors, the targets of SSD's regression head.
 
@@ -42,6 +44,7 @@ def encode(boxes: Tensor, priors: Tensor, *, variances: tuple[float, float] = (0
     return deltas
 
 
+@explained
 def decode(
     deltas: Tensor,
     priors: Tensor,
@@ -78,6 +81,7 @@ def decode(
     return boxes
 
 
+@explained
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every pair of two sets of boxes.
 

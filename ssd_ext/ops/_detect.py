@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ops._boxes import BBOX_XFORM_CLIP
 from ssd_ext.ops._library import autocast_to_float32, call, fake, promoted, refuse_gradient
 
 _SIGMOID = {"softmax": False, "sigmoid": True}
 
 
+@explained
 def detect(
     deltas: Tensor,
     logits: Tensor,
@@ -102,6 +104,7 @@ def detect(
     return found
 
 
+@explained
 def unpad(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
     """The detections of :func:`ssd_ext.ops.detect` image by image, as torchvision's detectors return them.
 

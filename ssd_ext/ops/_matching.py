@@ -5,12 +5,14 @@ import warnings
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
 from ssd_ext.ops._library import autocast_to_float32, call, define, fake, implement, no_gradient, refuse_gradient
 
 FORCE = {"none": 0, "last": 1, "bipartite": 2}
 
 
+@explained
 def match(
     ground_truth: GroundTruth | Targets,
     priors: Tensor,
@@ -70,6 +72,7 @@ def match(
     return matches
 
 
+@explained
 def assign_targets(
     ground_truth: GroundTruth | Targets,
     priors: Tensor,
@@ -146,7 +149,7 @@ def _validate(gt: GroundTruth, priors: Tensor, num_classes: int | None = None) -
         warnings.warn(
             "priors look like corners (x1, y1, x2, y2), but must be (cx, cy, w, h): "
             'torchvision.ops.box_convert(anchors, "xyxy", "cxcywh") converts them',
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ops._library import autocast_to_float32, fake, no_gradient
 
 
+@explained
 def hard_negatives(
     loss: Tensor, target_labels: Tensor, *, neg_to_pos_ratio: float = 3.0, min_negatives: int = 0
 ) -> Tensor:

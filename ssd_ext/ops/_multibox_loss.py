@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ops._library import call, differentiable, fake, refuse_gradient
 
 NORMALIZE = ("batch", "image")
 
 
+@explained
 def multibox_loss(
     deltas: Tensor,
     logits: Tensor,

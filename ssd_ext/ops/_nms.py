@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ground_truth import as_int64
 from ssd_ext.ops._library import autocast_to_float32, define, fake, no_gradient
 
@@ -13,6 +14,7 @@ define(
 )
 
 
+@explained
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression: of boxes that overlap, keep the one of highest score.
 
@@ -38,6 +40,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return keep
 
 
+@explained
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """:func:`nms` within each class (or image, or level): boxes of different ``idxs`` never suppress each other.
 
@@ -61,6 +64,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return keep
 
 
+@explained
 def nms_padded(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
     """:func:`nms` with outputs of fixed size: no wait for the GPU, capturable in a CUDA graph.
 
@@ -82,6 +86,7 @@ def nms_padded(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Ten
     return kept
 
 
+@explained
 def batched_nms_padded(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
     """:func:`batched_nms` with outputs of fixed size: no wait for the GPU, capturable in a CUDA graph.
 

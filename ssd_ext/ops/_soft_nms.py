@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssd_ext._arguments import explained
 from ssd_ext.ops._library import autocast_to_float32, call, define, fake, refuse_gradient
 
 _METHODS = {"linear": 0, "gaussian": 1}
@@ -14,6 +15,7 @@ def _method_number(op: str, method: str) -> int:
     return _METHODS[method]
 
 
+@explained
 def soft_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -66,6 +68,7 @@ def soft_nms(
     return taken
 
 
+@explained
 def soft_nms_padded(
     boxes: Tensor,
     scores: Tensor,
