@@ -138,6 +138,38 @@ def _far_ids(g):
     return {**inputs, "idxs": ids[torch.randint(8, (200,), generator=g)]}
 
 
+def _far_outlier(n):
+    """What is laid out between the least and greatest coordinates has all other boxes in one place."""
+
+    def make(g):
+        inputs = _random(n, high=0.1).make(g)
+        inputs["boxes"][n // 2] += 1e6
+        return inputs
+
+    return Case("one far outlier", make)
+
+
+def _far_clusters(n):
+    def make(g):
+        inputs = _random(n, high=0.1).make(g)
+        inputs["boxes"] *= 512
+        inputs["boxes"][n // 2 :] += 1e5
+        return inputs
+
+    return Case("two far clusters", make)
+
+
+def _groups(groups, n):
+    """As the images of a batch: one after another."""
+
+    def make(g):
+        inputs = _random(groups * n, high=0.1).make(g)
+        idxs = torch.arange(groups).repeat_interleave(n)
+        return {**inputs, "idxs": idxs}
+
+    return Case("groups", make)
+
+
 def _ious(inputs):
     """Of each kept box with all boxes."""
     keep = reference.nms(inputs["boxes"], inputs["scores"], inputs["iou_threshold"])
@@ -184,6 +216,8 @@ NMS = OpInfo(
         _large("random N=20000", _random(20000)),
         _large("candidates N=1000", _candidates(1000)),
         _large("candidates N=20000", _candidates(20000)),
+        _large("N=20000, one far outlier", _far_outlier(20000)),
+        _large("N=20000, two far clusters", _far_clusters(20000)),
     ],
     errors=_ERRORS,
     agrees=compare.agrees,
@@ -206,6 +240,7 @@ BATCHED_NMS = OpInfo(
         _large("random N=20000, 80 classes", _in_classes(_random(20000), 80)),
         _large("candidates N=1000, 80 classes", _in_classes(_candidates(1000), 80)),
         _large("candidates N=20000, 80 classes", _in_classes(_candidates(20000), 80)),
+        _large("64 groups of 2000", _groups(64, 2000)),
     ],
     errors=[*map(_with_ids, _ERRORS), *_ID_ERRORS],
     agrees=compare.agrees,
