@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opinfo.inputs import detector_candidates
+from opinfo.inputs import detector_candidates, random_boxes
 from ssd_ext import ops, reference
 
 coordinate = st.integers(-2, 6)
@@ -155,6 +155,74 @@ def test_more_boxes_than_a_bitmask_could_hold(device, generator):
     boxes, scores = detector_candidates(100_000, generator, per_object=1000)
     keep = ops.nms(boxes.to(device), scores.to(device), 0.3)
     assert torch.equal(keep.cpu(), reference.nms(boxes, scores, 0.3))
+
+
+def _far_outliers(boxes):
+    boxes[7] += 1e6
+    boxes[8], boxes[9] = boxes[8] - 1e30, boxes[9] * torch.tensor([1e5, -1e5, 1e5, -1e5])
+
+
+def _huge_boxes(boxes):
+    boxes[::100] = torch.tensor([-1e6, -1e6, 1e6, 1e6])
+    boxes[5:7] = torch.tensor([[-1e18, -1e18, 1e18, 1e18], [-3e38, -3e38, 3e38, 3e38]])
+
+
+def _no_numbers(boxes):
+    boxes[::10, 0], boxes[1::10, 3], boxes[2::10, 1] = math.nan, math.inf, -math.inf
+    boxes[3::50] = math.nan
+
+
+def _two_clusters(boxes):
+    boxes[len(boxes) // 2 :] += 1e3
+
+
+def _line(boxes):
+    boxes[:, 1], boxes[:, 3] = 0.5, 0.5001
+    boxes[:, 0] *= 100
+    boxes[:, 2] += boxes[:, 0] * 0.99
+
+
+def _points(boxes):
+    boxes[:, 2:] = boxes[:, :2]
+    boxes[::3] = torch.tensor([0.2, 0.2, 0.3, 0.3])
+
+
+def _all_nan(boxes):
+    boxes[:] = math.nan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_far_outliers, _huge_boxes, _no_numbers, _two_clusters, _line, _points, _all_nan],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("scores_of", ["random", "equal"])
+def test_boxes_that_are_hard_to_lay_out_in_cells(change, scores_of, generator):
+    boxes = random_boxes(2400, generator, high=0.06)
+    change(boxes)
+    scores = torch.rand(2400, generator=generator) if scores_of == "random" else torch.ones(2400)
+    order = scores.argsort(descending=True, stable=True)
+    suppressed = (reference.box_iou(boxes[order], boxes[order]) > 0.4).triu(1).numpy()
+    is_kept = torch.ones(2400, dtype=torch.bool).numpy()
+    for i in range(2400):
+        if is_kept[i]:
+            is_kept &= ~suppressed[i]
+    assert torch.equal(ops.nms(boxes, scores, 0.4), order[torch.from_numpy(is_kept)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_that_share_groups_give_what_each_group_gives(threads, dtype, generator):
+    """Enough pairs of boxes for three threads; groups of any size, an empty one among them."""
+    boxes, scores = random_boxes(12000, generator, high=0.2).to(dtype), torch.rand(12000, generator=generator).to(dtype)
+    idxs = torch.tensor([3, 5, 6])[torch.randint(3, (12000,), generator=generator)]
+    idxs[:30] = torch.arange(10, 40)
+    scores[::50] = math.nan
+    members = [(idxs == i).nonzero()[:, 0] for i in idxs.unique()]
+    kept = torch.cat([m[ops.nms(boxes[m], scores[m], 0.5)] for m in members]).sort().values
+    kept = kept[scores[kept].argsort(descending=True, stable=True)]
+    for count in (1, 2, 3):
+        threads(count)
+        assert torch.equal(ops.batched_nms(boxes, scores, idxs, 0.5), kept)
 
 
 @pytest.mark.slow

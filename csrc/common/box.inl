@@ -66,7 +66,7 @@ struct OverlapShares {
 template <class T>
 SSD_EXT_HD bool is_valid(const Box<T>& b) {
   const T a = area(b);
-  return b.x2 > b.x1 && b.y2 > b.y1 && a > T(0) && a <= std::numeric_limits<T>::max();
+  return (b.x2 > b.x1) & (b.y2 > b.y1) & (a > T(0)) & (a <= std::numeric_limits<T>::max());  // without branches
 }
 
 // A prior: centre and size.

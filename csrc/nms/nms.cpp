@@ -1,6 +1,7 @@
 #include "nms/nms.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <numeric>
 
@@ -62,29 +63,36 @@ std::vector<uint32_t> visiting_order(const double* scores, int64_t n) {
   return order;
 }
 
-// Small numbers for class ids, whatever their range; returns how many there are.
-int64_t dense_classes(const int64_t* ids, int64_t n, std::vector<int64_t>& dense) {
-  dense.assign(ids, ids + n);
-  const auto [low, high] = std::minmax_element(ids, ids + n);
-  const int64_t first = *low;
-  if (uint64_t(*high) - uint64_t(first) < uint64_t(4 * n + 1024)) {
-    const int64_t range = *high - first + 1;
-    for (int64_t& id : dense) id -= first;
-    return range;
+// Boxes by class.
+struct Groups {
+  std::vector<uint32_t> of;    // each box: small numbers for class ids, whatever their range
+  std::vector<int64_t> sizes;  // of each group
+
+  Groups(const int64_t* ids, int64_t n) : of(n) {
+    if (n == 0) return;
+    const auto [low, high] = std::minmax_element(ids, ids + n);
+    const uint64_t first = uint64_t(*low), range = uint64_t(*high) - first;
+    if (range < uint64_t(std::min(4 * n + 1024, int64_t(std::numeric_limits<uint32_t>::max())))) {
+      sizes.resize(range + 1);
+      for (int64_t i = 0; i < n; ++i) of[i] = uint32_t(uint64_t(ids[i]) - first);
+    } else {
+      std::vector<int64_t> distinct(ids, ids + n);
+      std::sort(distinct.begin(), distinct.end());
+      distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+      sizes.resize(distinct.size());
+      for (int64_t i = 0; i < n; ++i) {
+        of[i] = uint32_t(std::lower_bound(distinct.begin(), distinct.end(), ids[i]) - distinct.begin());
+      }
+    }
+    for (const uint32_t group : of) ++sizes[group];
   }
-  std::vector<int64_t> distinct(dense);
-  std::sort(distinct.begin(), distinct.end());
-  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
-  for (int64_t& id : dense) id = std::lower_bound(distinct.begin(), distinct.end(), id) - distinct.begin();
-  return int64_t(distinct.size());
-}
+};
 
 template <class T>
 int64_t nms_cpu(const T* boxes, const T* scores, const int64_t* class_ids, int64_t n, T threshold, int64_t* keep) {
   const std::vector<uint32_t> order = visiting_order(scores, n);
-  std::vector<int64_t> groups;
-  const int64_t count = class_ids && n > 0 ? dense_classes(class_ids, n, groups) : 1;
-  return SSD_EXT_SIMD_CALL(nms<T>, boxes, n, order, groups, count, threshold, keep);
+  const Groups groups(class_ids, class_ids ? n : 0);
+  return SSD_EXT_SIMD_CALL(nms<T>, boxes, order, groups.of, groups.sizes, threshold, keep);
 }
 
 // The kept boxes, on the CPU.
