@@ -22,7 +22,7 @@ from torchvision.models.detection.ssd import SSD  # noqa: E402
 from torchvision.ops import boxes as box_ops  # noqa: E402
 
 from opinfo.spec import HALVES, convert  # noqa: E402
-from ssd_ext import export  # noqa: E402
+from ssd_ext import export, ops  # noqa: E402
 from ssd_ext.integrations.torchvision import accelerate, restore  # noqa: E402
 
 SIZES = ((90, 120), (128, 128), (150, 100))
@@ -441,6 +441,31 @@ def test_an_object_of_label_0_is_none():
     arguments = [{"boxes": boxes, "labels": torch.zeros(9, dtype=torch.int64)}], outputs, [boxes], [torch.arange(9)]
     assert ours.compute_loss(*arguments) == {"bbox_regression": 0, "classification": 0}
     assert theirs.compute_loss(*arguments)["bbox_regression"] > 0
+
+
+def test_an_object_that_meets_no_anchor_is_trained_as_by_torchvision():
+    """It gets the anchor of its highest IoU, 0."""
+    made = objects()
+    made[0] = {**made[0], "boxes": made[0]["boxes"] * 0 + torch.tensor([900.0, 900, 910, 910])}
+    (ours, gradients), (theirs, expected) = (step(model, made) for model in pair(ssd))
+    assert theirs["bbox_regression"] > 1  # its target is far
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients, expected)
+
+
+def test_an_iou_of_exactly_the_threshold():
+    """6 / 10, which float32 rounds up."""
+    ours, theirs = pair(fcos)
+    anchors = [[torch.tensor([[0.0, 0, 8, 8]] * 2)]]
+    heads = {
+        "bbox_regression": [torch.tensor([[[0.5, 0.5, 0.75, 0.75], [0.5, 0.5, 0.75, 0.25]]])],
+        "cls_logits": [torch.tensor([[[3.0] + [-9.0] * (CLASSES - 1), [2.0] + [-9.0] * (CLASSES - 1)]])],
+        "bbox_ctrness": [torch.full((1, 2, 1), 9.0)],
+    }
+    found, expected = (model.postprocess_detections(heads, anchors, [(20, 20)])[0] for model in (ours, theirs))
+    assert ours.nms_thresh == 0.6
+    assert ops.box_iou(found["boxes"], found["boxes"])[0, 1] == torch.tensor(0.6)
+    assert (len(found["boxes"]), len(expected["boxes"])) == (2, 1)
 
 
 def test_a_negative_label_is_refused_as_by_torchvision():
