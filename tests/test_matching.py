@@ -124,6 +124,32 @@ def test_cuda_joins_a_crowd_in_steps_in_proportion_to_it(name, gpu):
     assert _C.emulator.meetings() < 500 * 196
 
 
+FLUSHED_BY_ONE_THREAD = """
+import sys, torch
+from ssd_ext import GroundTruth, ops
+from ssd_ext.reference import match
+started, called = (mode == "1" for mode in sys.argv[1:])
+torch.set_num_threads(2)
+torch.set_flush_denormal(started)
+(torch.rand(5_000_000) + 1).sum()  # starts torch's other thread, which keeps this mode
+torch.set_flush_denormal(called)
+side = 1e-18
+priors = torch.tensor([[5.0, 5, 1, 1]]).repeat(2000, 1)
+priors[-1] = torch.tensor([1.4e-18, 1.49e-18, side, side])  # meets the boxes in a subnormal intersection
+boxes = GroundTruth.from_lists([torch.tensor([[0, 0, side, side]]).repeat(2, 1)])
+matches = ops.match(boxes, priors)
+torch.set_num_threads(1)
+assert torch.equal(matches, ops.match(boxes, priors)) and torch.equal(matches, match(boxes, priors))
+assert bool((matches >= 0).any()) != called
+"""
+
+
+@pytest.mark.parametrize("modes", ["01", "10"])
+def test_all_threads_take_subnormal_numbers_as_the_caller_does(modes, python):
+    done = python("-c", FLUSHED_BY_ONE_THREAD, *modes)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_last_of_two_has_the_prior():
     priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.1, 0.1]])
     boxes = torch.tensor([[0.3, 0.3, 0.7, 0.7], [0.3, 0.3, 0.6, 0.6]])
@@ -178,6 +204,12 @@ def test_every_form_of_ground_truth_gives_the_same(generator, device):
     for form in (dicts, tuple(dicts), GroundTruth.from_targets(dicts), GroundTruth.from_targets(flat.to_targets())):
         for a, b in zip(ops.assign_targets(form, priors), expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_box_without_dimensions_is_refused():
+    scalar = GroundTruth(torch.tensor(1.0), torch.ones(1).long(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"ground_truth.boxes must be \[G, 4\], got \[\]"):
+        ops.match(scalar, torch.rand(3, 4))
 
 
 def test_ground_truth_of_lists():

@@ -54,8 +54,8 @@ struct OverlapShares {
   }
 
   SSD_EXT_HD T of(const Box<T>& b) const { return likely * area(b); }
-  // Of one of the two boxes. If its area is tiny or huge, every quotient is taken. Otherwise an infinite sum is due to
-  // the other box, of which the share alone exceeds the intersection: it is at least a millionth.
+  // Of one of the two boxes. If its area is tiny or huge, every quotient is taken. Otherwise the sum of areas is only
+  // infinite if the other box is huge, whose share, a millionth of its area or more, then exceeds any intersection.
   SSD_EXT_HD T of_query(const Box<T>& b) const {
     const T share = of(b), size = area(b);
     return size < kTiny || size > kHuge ? -std::numeric_limits<T>::infinity() : share;

@@ -150,8 +150,28 @@ inline Tensor byte_workspace(const Tensor& t, size_t bytes) {
 
 // ---- threads ----------------------------------------------------------------------------------
 
-// f(begin, end) over parts of [0, n), on torch's own threads (torch.set_num_threads). An exception
-// is carried over here, for torch would lose its text.
+// The calling thread's rounding, and whether it takes subnormal numbers for 0 (torch.set_flush_denormal).
+inline uint64_t floating_point_mode() {
+#if defined(__x86_64__)
+  return __builtin_ia32_stmxcsr() & ~0x3fu;  // without the flags of what has happened
+#elif defined(__aarch64__)
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+#else
+  return 0;
+#endif
+}
+inline void set_floating_point_mode([[maybe_unused]] uint64_t mode) {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(unsigned(mode));
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+}
+
+// f(begin, end) over parts of [0, n), on torch's own threads (torch.set_num_threads), which compute in the caller's
+// floating-point mode meanwhile. An exception is carried over here, for torch would lose its text.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
@@ -161,13 +181,17 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
   }
   std::exception_ptr error;
   std::mutex guard;
+  const uint64_t mode = floating_point_mode();
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const uint64_t before = floating_point_mode();
+    set_floating_point_mode(mode);
     try {
       f(begin, end);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(guard);
       error = std::current_exception();
     }
+    set_floating_point_mode(before);
   });
   if (error) std::rethrow_exception(error);
 }

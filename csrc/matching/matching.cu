@@ -11,8 +11,8 @@
 //    slow path of the division; the 35 ground truths of the fullest image came one after another; 64 registers left a
 //    second wave; and the forced matches waited for code that no cache held.
 // 4. This one: no quotient of 0, a prior a lane and two ground truths at a time, the largest priors first, a third less
-//    code: 9, 22, 5. Measured: 13.7, 36.6, -. Crowds of hundreds of ground truths that want the same priors are joined
-//    one after another: predicted 10 for each, where each round of claims took a search for each that lost it.
+//    code: 9, 22, 5. Measured: 13.7, 36.6, -. Crowds of ground truths that want the same priors are joined one after
+//    another, predicted to take 10 for each: in rounds of claims alone, each of the losers would search again.
 //
 // What binds it: at B = 32 instructions, 300 for the 32 priors of a warp and 54 for each ground truth near them, and
 // the fullest image; at B = 1 a chain of latencies, in clocks: priors and offsets 1,700, seven ground truths 3,900,

@@ -228,7 +228,7 @@ template <class T>
 class Search {
  public:
   // Nothing below an IoU of `at_least` is looked for.
-  explicit Search(T at_least) { set(below(at_least), std::numeric_limits<IntOf<T>>::max()); }
+  explicit Search(T at_least) : best_{below(at_least), -1}, bound_(splat<Vec<T>>(best_.iou)) {}
 
   // Offers a vector of boxes whose intersection with the one sought for is `inter`. If any overlaps, areas() gives the
   // sum of its area and theirs, index() their indices. Most are refused by a product instead of a quotient.
@@ -248,8 +248,8 @@ class Search {
     }
   }
 
-  const Best<T>& found() const { return best_; }
-  T bound() const { return bound_[0]; }  // below it nothing wins any more
+  const Best<T>& found() const { return best_; }  // index -1: none
+  T bound() const { return bound_[0]; }           // below it nothing wins any more
 
  private:
   // Below every IoU that ties with this one, though a product with it may be rounded.
@@ -264,8 +264,9 @@ class Search {
   Vec<T> bound_;
 };
 
-// The box of highest IoU with one box. Some have an IoU of `at_least`, and none has more than `at_most`. free(i, inter)
-// sets the intersections to 0 of those among boxes i, i + 1, ... that cannot be chosen; index(i) are their indices.
+// The box of highest IoU with one box. Some have an IoU of `at_least`; the search ends where one has that of `at_most`,
+// which none exceeds (infinity: it does not). free(i, inter) sets the intersections to 0 of those among boxes i, i + 1,
+// ... that cannot be chosen; index(i) are their indices.
 template <class T, class Free, class Index>
 Best<T> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, T at_most, const Free& free,
                 const Index& index) {
@@ -388,13 +389,14 @@ class Bipartite {
         const Link link = chain.back();
         Best<T>& wanted = best[link.gt];
         if (taken_[wanted.index] != T(0)) wanted = best_free_prior(link.gt, link.iou, wanted.iou);
-        if (!(wanted.iou > overlap_)) {  // none is left
+        if (wanted.index < 0 || !(wanted.iou > overlap_)) {  // none is left
           chain.pop_back();
           continue;
         }
         const Best<T> named = wanted.index == link.prior ? Best<T>{link.iou, link.gt}
                                                          : gts.best_for(priors_.boxes.at(wanted.index), wanted.iou);
-        if (named.index == link.gt) {
+        // A chain holds none twice: the last condition only makes sure of an end.
+        if (named.index < 0 || named.index == link.gt || chain.size() == free.size()) {
           claim(wanted.index, link.gt);
           gts.remove(link.gt);
           chain.pop_back();

@@ -23,8 +23,9 @@ constexpr int kSampleOfCell = 4;
 template <class T>
 class Cells {
  public:
-  // As many cells as the square root of the boxes, or half as many: bounds are compared with in about the time that the
-  // boxes take that are near. sample_at(j), any j >= 0, are boxes with an area.
+  // As many cells as the square root of the boxes, or half as many: comparing a box with the bounds of all cells then
+  // takes about as long as comparing it with the boxes of the cells nearby. sample_at(j), any j >= 0, are boxes with an
+  // area.
   template <class SampleAt>
   void cut(int64_t boxes, const SampleAt& sample_at) {
     static_assert((1 << kLeastLevels) % kLanes<T> == 0);
