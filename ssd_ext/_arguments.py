@@ -19,6 +19,7 @@ def is_plain(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
         and not value.is_nested
+        and not value.is_quantized
         and value.layout is torch.strided
         and value.device.type in ("cpu", "cuda", "meta")
     )
@@ -29,6 +30,8 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.is_nested:
             return "a nested tensor (its unbind() gives plain ones)"
+        if value.is_quantized:
+            return "a quantized tensor (its dequantize() is plain)"
         if value.layout is not torch.strided:
             return f"one of layout {value.layout} (its to_dense() is plain)"
         return f"a tensor on {value.device}"
@@ -72,9 +75,13 @@ def _what_is_wrong(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             continue
         if kind is Tensor and not is_plain(value):
             return f"{name} must be a plain tensor, got {described(value)}"
-        if kind is int and not isinstance(value, numbers.Integral | Tensor):
+        if kind is bool and not isinstance(value, bool):
+            return f"{name} must be True or False, got {value!r}"
+        if kind is int and not _is_number(value, numbers.Integral):
             return f"{name} must be an integer, got {value!r}"
-        if kind is float and not isinstance(value, numbers.Real | Tensor):
+        if kind is int and abs(value) >= 2**63:
+            return f"{name} must be an integer of 64 bits, got {value!r}"
+        if kind is float and not _is_number(value, numbers.Real):
             return f"{name} must be a number, got {value!r}"
         if typing.get_origin(kind) is tuple and not _are_numbers(value):
             return f"{name} must be {len(typing.get_args(kind))} numbers, got {value!r}"
@@ -86,8 +93,12 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
 def _are_numbers(values: Any) -> bool:
     try:
-        return all(isinstance(value, numbers.Real | Tensor) for value in values)
+        return all(_is_number(value, numbers.Real) for value in values)
     except TypeError:
         return False

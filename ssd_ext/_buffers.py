@@ -9,7 +9,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class FloatBuffers(nn.Module):
-    """A module whose own buffers never become halves, by ``half()``, ``bfloat16()``, ``to(dtype)`` or otherwise.
+    """A module whose own buffers never become halves by ``half()``, ``bfloat16()`` or ``to(dtype)``.
 
     They are float32 then: a half does not hold the position of a box or the size of an image. In every other respect,
     ``double()`` and moves to a device for example, they follow the module; so do the buffers of its submodules.

@@ -179,7 +179,7 @@ def as_ground_truth(value: GroundTruth | Targets, like: Tensor | None = None) ->
             )
         value = GroundTruth.from_targets(value)
     value._check_tensors()
-    if like is not None and _has_no_rows(value.boxes) and value.boxes.shape == (0, 4):
+    if like is not None and value.boxes.shape[1:] == (4,) and _has_no_rows(value.boxes):
         return value.to(like.device)._replace(boxes=like.new_empty(0, 4))
     return value
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed
 
 from ssd_ext import ops
+from ssd_ext._arguments import described, is_plain
 from ssd_ext._buffers import FloatBuffers
 from ssd_ext.ground_truth import GroundTruth, Targets, as_ground_truth
 from ssd_ext.ops._multibox_loss import check_normalize
@@ -62,6 +63,7 @@ class MultiBoxLoss(FloatBuffers):
         """See the class for the arguments."""
         super().__init__()
         check_normalize(normalize)
+        self._check_priors(priors)
         self.register_buffer("priors", priors, persistent=False)
         self.validate = validate
         self.across_ranks = across_ranks
@@ -101,8 +103,9 @@ class MultiBoxLoss(FloatBuffers):
         if len(given) != 1:
             where = "to both" if given else "to neither"
             raise ValueError(f"priors must be given to MultiBoxLoss or to its call, got them {where}")
+        self._check_priors(given[0])
         target_deltas, target_labels = ops.assign_targets(
-            as_ground_truth(ground_truth, given[0]).to(given[0].dtype),
+            self._as_precise(as_ground_truth(ground_truth, given[0]), given[0]),
             given[0],
             validate=self.validate,
             num_classes=logits.shape[-1] if self.validate else None,
@@ -118,6 +121,17 @@ class MultiBoxLoss(FloatBuffers):
         own, of_all = (torch.where(count[0] > 0, count[0], count[1]).clamp(min=1) for count in (here, everywhere))
         share = own * distributed.get_world_size() / of_all
         return losses[0] * share, losses[1] * share
+
+    @staticmethod
+    def _as_precise(ground_truth: GroundTruth, priors: Tensor) -> GroundTruth:
+        """Boxes of the dtype of the priors, if both are floating-point: the others are for the op to refuse."""
+        both = ground_truth.boxes.is_floating_point() and priors.is_floating_point()
+        return ground_truth.to(priors.dtype) if both else ground_truth
+
+    @staticmethod
+    def _check_priors(priors: Tensor | None) -> None:
+        if priors is not None and not is_plain(priors):
+            raise ValueError(f"MultiBoxLoss: priors must be a plain tensor, got {described(priors)}")
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's is of any arguments and any result

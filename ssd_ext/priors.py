@@ -86,8 +86,10 @@ class PriorSpec:
         levels = len(self.feature_sizes)
         for name in ("scales", "aspect_ratios", "steps", "spread"):
             values, expected = getattr(self, name), levels + (name == "scales")
-            if values is not None and len(values) != expected:
+            if values is not None and (not isinstance(values, Sequence) or len(values) != expected):
                 raise ValueError(f"PriorSpec: {name} must have {expected} entries for {levels} levels: got {values}")
+        if not all(isinstance(one, bool) for one in self.spread or ()):
+            raise ValueError(f"PriorSpec: spread must be True or False of each level: got {self.spread}")
         numbers = {"scales": self.scales, "steps": self.steps or ()}
         numbers["aspect_ratios"] = [r for ratios in self.aspect_ratios for r in ratios]
         for name, values in numbers.items():

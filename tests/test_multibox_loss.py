@@ -16,7 +16,7 @@ from test_ops import assert_same_bits
 from opinfo.inputs import ssd300_priors, synthetic_gts
 from opinfo.multibox_loss import MULTIBOX_LOSS
 from opinfo.spec import FLOATS, HALVES, close, convert
-from ssd_ext import _C, GroundTruth, MultiBoxLoss, ops, reference
+from ssd_ext import _C, GroundTruth, MultiBoxLoss, ops, priors, reference
 
 CASES = [pytest.param(case, id=case.name) for case in MULTIBOX_LOSS.cases if not case.benchmark]
 
@@ -227,6 +227,21 @@ def test_dividing(normalize, device):
     assert loc.item() == pytest.approx(2.0 if normalize == "batch" else 1.0)
     terms = 7 / 3 if normalize == "batch" else (2 / 2 + 5 / 3) / 2
     assert conf.item() == pytest.approx(terms * math.log(2))
+
+
+def test_priors_that_are_no_tensor_are_named():
+    gt = [{"boxes": torch.rand(1, 4).sort().values, "labels": torch.ones(1).long()}]
+    with pytest.raises(
+        ValueError, match=r"MultiBoxLoss: priors must be a plain tensor, got a PriorSpec \(its priors\(\)"
+    ):
+        MultiBoxLoss(priors.SSD300_COCO)
+    with pytest.raises(ValueError, match="MultiBoxLoss: priors must be a plain tensor, got list"):
+        MultiBoxLoss()(torch.zeros(1, 1, 4), torch.zeros(1, 1, 2), gt, [[0.5, 0.5, 1, 1]])
+    whole = [{"boxes": torch.tensor([[0, 0, 1, 1]]), "labels": torch.ones(1).long()}]
+    with pytest.raises(
+        ValueError, match=r"ground_truth.boxes .*, got (float32|int64)|boxes must be float32.* got int64"
+    ):
+        MultiBoxLoss(torch.tensor([[1, 1, 2, 2]]))(torch.zeros(1, 1, 4), torch.zeros(1, 1, 2), whole)
 
 
 @pytest.mark.parametrize("normalize", ["batch", "image"])

@@ -213,6 +213,7 @@ def test_what_is_no_plain_tensor_is_named(op, case, generator):
                 "dict": {"tensor": tensor},
                 "a nested tensor": torch.nested.nested_tensor([tensor, tensor]),
                 "layout torch.sparse_coo": tensor.to_sparse(),
+                "a quantized tensor": torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
             }
             for said, wrong in wrong_ones.items():
                 with pytest.raises(ValueError, match=rf"{re.escape(shown)} must be a plain tensor, got .*{said}"):
@@ -227,7 +228,16 @@ def test_what_is_no_plain_tensor_is_named(op, case, generator):
         (lambda x: ops.detect(x[None], x[None], x, window=1.0), "detect: window must be 4 numbers, got 1.0"),
         (lambda x: ops.nms(x, x[:, 0], "0.5"), "nms: iou_threshold must be a number, got '0.5'"),
         (lambda x: ops.nms(x, x[:, 0], None), "nms: iou_threshold must be a number, got None"),
+        (lambda x: ops.nms(x, x[:, 0], torch.rand(2)), r"nms: iou_threshold must be a number, got tensor"),
         (lambda x: ops.detect(x[None], x[None], x, topk_per_class=1.5), "topk_per_class must be an integer, got 1.5"),
+        (
+            lambda x: ops.detect(x[None], x[None], x, topk_per_class=2**70),
+            "topk_per_class must be an integer of 64 bits",
+        ),
+        (
+            lambda x: ops.detect(x[None], x[None], x, class_agnostic="x"),
+            "class_agnostic must be True or False, got 'x'",
+        ),
     ],
 )
 def test_what_is_no_number_is_named(call, said):
@@ -322,6 +332,10 @@ def test_transforms_of_torch_func(op, case, generator):
     gradients = [torch.stack(g) for g in zip(*[gradient(*one) for one in each], strict=True)]
     assert_same_bits(torch.vmap(gradient, in_dims=-1)(*stacked), gradients)
 
+    with pytest.raises(ValueError, match=r"torch\.vmap over a dimension of size 0"):
+        torch.vmap(total, in_dims=-1)(*[t[..., :0] for t in stacked])
+    with pytest.raises(RuntimeError, match=r"no derivative in forward mode .*: use jacrev"):
+        torch.func.jvp(total, leaves, leaves)
     second = torch.func.jacrev(torch.func.jacrev(total))
     if op.twice_differentiable:
         assert torch.isfinite(second(*leaves)).all()

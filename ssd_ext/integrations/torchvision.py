@@ -19,6 +19,8 @@ Detections, losses and gradients are torchvision's but for rounding, and for the
   largest coordinate, at the cost of bits of their IoUs. Here ids are compared.
 - torchvision leaves the order of equal scores, and of equal losses in mining, to its sort. Here the lowest index
   wins: in ``detect`` the lowest class, then the lowest anchor.
+- On a CPU, torchvision's NMS compares a float32 IoU with a float64 threshold: an IoU of exactly 6 / 10 is above 0.6,
+  as of some other thresholds that float32 rounds up. Here both are float32.
 - Where an image has fewer negatives than SSD's mining asks for, torchvision counts positives twice. Here nothing is
   counted twice. An object of label 0, the background, has no part in SSD's box loss, nor in the number of objects that
   both losses are divided by; on a GPU nor has one of a negative label, an error of torchvision.

@@ -65,6 +65,10 @@ def differentiable(op: str, backward: Callable[..., Any], keep: Callable[..., No
         def forward(*args: Any) -> Any:
             return _call_untransformed(overload, *args)
 
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(f"ssd_ext::{op} has no derivative in forward mode (jvp, jacfwd, hessian): use jacrev")
+
     Differentiable.setup_context = staticmethod(keep)  # type: ignore[method-assign]
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
     _under_transforms[overload] = Differentiable
@@ -74,6 +78,8 @@ def differentiable(op: str, backward: Callable[..., Any], keep: Callable[..., No
 
 def _one_after_another(op: torch._ops.OpOverload, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """The op under ``torch.vmap``, one call for each element."""
+    if info.batch_size == 0:
+        raise ValueError(f"{op} cannot be batched by torch.vmap over a dimension of size 0")
     calls = [
         op(*[arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)])
         for i in range(info.batch_size)
@@ -95,12 +101,13 @@ def refuse_gradient(op: str, reason: str) -> None:
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """``op(*args)``, in the way that autograd, ``torch.func`` or the compiler needs here."""
     if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(
-                "transforms of torch.func over the ops of ssd_ext cannot be compiled: they run eagerly"
-            )
-        return _under_transforms[op].apply(*args)
+        return _call_transformed(op, *args)  # also under torch.compile, which cannot trace it
     return _call_untransformed(op, *args)
+
+
+@torch.compiler.disable(reason="torch.func over ops of ssd_ext runs eagerly")  # type: ignore[untyped-decorator]
+def _call_transformed(op: torch._ops.OpOverload, *args: Any) -> Any:
+    return _under_transforms[op].apply(*args)
 
 
 def _call_untransformed(op: torch._ops.OpOverload, *args: Any) -> Any:
