@@ -209,9 +209,9 @@ def onnx(
 ) -> None:
     """Write a model of standard ONNX operators: ``images`` to ``boxes``, ``scores``, ``labels`` and ``counts``.
 
-    Input and outputs are those of :func:`program`, padded likewise. ONNX Runtime does not take convolutions in bfloat16:
-    export such a model after ``float()``. The batch is dynamic, the size of images fixed. The
-    metadata of the file are the entries of :func:`metadata` as JSON.
+    Input and outputs are those of :func:`program`, padded likewise. The batch is dynamic, the size of images fixed. The
+    metadata of the file are the entries of :func:`metadata` as JSON. ONNX Runtime takes no convolutions in bfloat16:
+    export such a model after ``float()``.
 
     What a runtime finds is what :func:`ssd_ext.ops.detect` finds, in the same order, as far as it computes the same
     floats: :func:`onnx_translations`, of which the file is made, tells the exceptions.
