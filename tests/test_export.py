@@ -498,6 +498,7 @@ FIXED_AT_0 = ("P=0", "B=0", "C=0", "C=1, background alone")  # a dimension, whic
 def test_onnx_of_the_op(names, generator, tmp_path):
     """One graph for several cases, for an export takes seconds."""
     cases = [case for case in DETECT.cases if not case.benchmark and torch.float32 in case.dtypes]
+    cases = [case for case in cases if case.oracle == torch.float64]  # not at the edge of the range of float32
     cases = [case for case in cases if (case.name in names if names else case.name not in QUICK + FIXED_AT_0)]
     assert len(cases) >= 4
     made = [convert(case.make(generator), torch.float32) for case in cases]
