@@ -1,8 +1,10 @@
 #include "matching/matching.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common/tensor.h"
 

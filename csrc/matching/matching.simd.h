@@ -223,12 +223,16 @@ void match_blocks(const Blocks<T>& priors, const GroundTruth<T>& gt, const Write
   }
 }
 
-// A search for the highest IoU, vector by vector; the lowest index wins among equals.
-template <class T>
+// The pairs of highest IoU that a search has found, the best first; the lowest index wins among equals.
+template <class T, int count>
+using Found = std::array<Best<T>, count>;
+
+// A search for the boxes of highest IoU, vector by vector.
+template <class T, int count>
 class Search {
  public:
   // Nothing below an IoU of `at_least` is looked for.
-  explicit Search(T at_least) : best_{below(at_least), -1}, bound_(splat<Vec<T>>(best_.iou)) {}
+  explicit Search(T at_least) : bound_(splat<Vec<T>>(below(at_least))) { found_.fill({bound_[0], -1}); }
 
   // Offers a vector of boxes whose intersection with the one sought for is `inter`. If any overlaps, areas() gives the
   // sum of its area and theirs, index() their indices. Most are refused by a product instead of a quotient.
@@ -240,40 +244,48 @@ class Search {
     if (!(greater_bits(inter, V{}) & ~greater_bits(bound_ * (sum - inter), inter))) return;
     const V iou = iou_from(inter, sum, V{});
     const auto place = index();
-    const V best = splat<V>(best_.iou);
-    unsigned better = mask_bits((iou > best) | ((iou == best) & (place < splat<IntOf<V>>(IntOf<T>(best_.index)))));
-    for (; better; better &= better - 1) {
-      const int i = __builtin_ctz(better);
-      if (iou[i] > best_.iou || (iou[i] == best_.iou && place[i] < best_.index)) set(iou[i], place[i]);
+    const V last = splat<V>(found_.back().iou);
+    const auto is_before = place < splat<IntOf<V>>(IntOf<T>(found_.back().index));
+    for (unsigned high = mask_bits((iou > last) | ((iou == last) & is_before)); high; high &= high - 1) {
+      const int i = __builtin_ctz(high);
+      insert({iou[i], place[i]});
     }
   }
 
-  const Best<T>& found() const { return best_; }  // index -1: none
-  T bound() const { return bound_[0]; }           // below it nothing wins any more
+  const Found<T, count>& found() const { return found_; }  // index -1: none
+  T bound() const { return bound_[0]; }                    // below it nothing is found any more
 
  private:
   // Below every IoU that ties with this one, though a product with it may be rounded.
   static T below(T iou) { return max_of(iou * T(1 - 1e-6) - T(1e-30), T(0)); }
 
-  void set(T iou, IntOf<T> index) {
-    best_ = {iou, index};
-    bound_ = splat<Vec<T>>(below(iou));
+  void insert(const Best<T>& one) {
+    const auto wins = [&](const Best<T>& other) {
+      return one.iou > other.iou || (one.iou == other.iou && one.index < other.index);
+    };
+    if (!wins(found_.back())) return;
+    int at = count - 1;
+    for (; at > 0 && wins(found_[at - 1]); --at) found_[at] = found_[at - 1];
+    found_[at] = one;
+    bound_ = splat<Vec<T>>(below(found_.back().iou));
   }
 
-  Best<T> best_;
+  Found<T, count> found_;
   Vec<T> bound_;
 };
 
-// The box of highest IoU with one box. Some have an IoU of `at_least`; the search ends where one has that of `at_most`,
-// which none exceeds (infinity: it does not). free(i, inter) sets the intersections to 0 of those among boxes i, i + 1,
+// The boxes of highest IoU with one box. Some have an IoU of `at_least`; the search ends once one has that of
+// `at_most`, which none exceeds (infinity: it does not). free(i, inter) sets the intersections to 0 of those among
+// boxes i, i + 1,
 // ... that cannot be chosen; index(i) are their indices.
-template <class T, class Free, class Index>
-Best<T> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, T at_most, const Free& free,
-                const Index& index) {
+template <int count, class T, class Free, class Index>
+Found<T, count> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, T at_most, const Free& free,
+                        const Index& index) {
   using V = Vec<T>;
   const Box<V> box = broadcast(one);
   const T box_area = area(one);
-  Search<T> search(at_least);
+  Search<T, count> search(at_least);
+  bool is_over = false;
   for_near(blocks.hulls, box, [&](int64_t block) {
     if (blocks.all_below(block, box_area, search.bound())) return false;
     for (int64_t i = block * kBlock<T>; i < (block + 1) * kBlock<T>; i += kLanes<T>) {
@@ -281,9 +293,15 @@ Best<T> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, T at_mos
           free(i, intersection(box, load_boxes(blocks.boxes, i))),
           [&] { return load<T>(blocks.boxes.areas + i) + splat<V>(box_area); }, [&] { return index(i); });
     }
-    return search.found().iou == at_most;
+    is_over = search.found()[0].iou == at_most;
+    return is_over;
   });
-  return search.found();
+  Found<T, count> found = search.found();
+  // Of those that follow, better ones may not have been looked at.
+  for (Best<T>& one_of : found) {
+    if (is_over && one_of.iou != at_most) one_of.index = -1;
+  }
+  return found;
 }
 
 // The ground truths that have no prior yet, packed into blocks of neighbours (sort-tile-recursive, Leutenegger et al.,
@@ -305,13 +323,13 @@ class FreeGroundTruths {
   // The one that overlaps a prior most.
   Best<T> best_for(const Box<T>& prior, T at_least) const {
     using V = Vec<T>;
-    return best_of(
+    return best_of<1>(
         blocks_, prior, at_least, std::numeric_limits<T>::infinity(), [](int64_t, V inter) { return inter; },
         [&](int64_t i) {
           IntOf<V> index;
           memcpy(&index, &index_[i], sizeof index);
           return index;
-        });
+        })[0];
   }
 
  private:
@@ -382,13 +400,15 @@ class Bipartite {
 
   void join_chains(const std::vector<IntOf<T>>& free, Best<T>* best) {
     FreeGroundTruths<T> gts(gt_, free);
+    next_.assign(gt_.size(), {});
+    for (Found<T, kNext>& next : next_) next.fill({T(-1), -1});
     std::vector<Link> chain;
     for (const IntOf<T> first : free) {
       if (!joined_[first] && best[first].iou > overlap_) chain.push_back({overlap_, -1, first});
       while (!chain.empty()) {
         const Link link = chain.back();
         Best<T>& wanted = best[link.gt];
-        if (taken_[wanted.index] != T(0)) wanted = best_free_prior(link.gt, link.iou, wanted.iou);
+        if (taken_[wanted.index] != T(0)) wanted = next_prior(link.gt, link.iou, wanted.iou);
         if (wanted.index < 0 || !(wanted.iou > overlap_)) {  // none is left
           chain.pop_back();
           continue;
@@ -424,21 +444,30 @@ class Bipartite {
     joined_[j] = 1;
   }
 
-  // The free prior that overlaps ground truth j most.
-  Best<T> best_free_prior(int64_t j, T at_least, T at_most) const {
+  // The free prior that overlaps ground truth j most, of those that the last search has found or by another search. Its
+  // IoU is known to be at most that of the last one, and `at_least` if a prior has named the ground truth.
+  Best<T> next_prior(int64_t j, T at_least, T at_most) {
     using V = Vec<T>;
-    return best_of(
+    for (Best<T>& next : next_[j]) {
+      if (next.index >= 0 && taken_[next.index] == T(0)) return std::exchange(next, {T(-1), -1});
+    }
+    const Found<T, 1 + kNext> found = best_of<1 + kNext>(
         priors_, gt_.columns.at(j), at_least, at_most,
         [&](int64_t p, V inter) { return load<T>(&taken_[p]) == V{} ? inter : V{}; },
         [](int64_t p) { return iota<IntOf<T>>() + IntOf<T>(p); });
+    std::copy(found.begin() + 1, found.end(), next_[j].begin());
+    return found[0];
   }
+
+  static constexpr int kNext = 3;  // priors that a search finds beside the best
 
   const Blocks<T>& priors_;
   const GroundTruth<T>& gt_;
   const Writer<T>& writer_;
-  const T overlap_;              // pairs are joined above this IoU
-  std::vector<T> taken_;         // of each prior, 0 or 1
-  std::vector<uint8_t> joined_;  // of each ground truth
+  const T overlap_;                    // pairs are joined above this IoU
+  std::vector<T> taken_;               // of each prior, 0 or 1
+  std::vector<uint8_t> joined_;        // of each ground truth
+  std::vector<Found<T, kNext>> next_;  // of each ground truth: the best free priors after the one that it wanted last
 };
 
 // Claims by force, over what match_blocks has written. best[] is used up.
