@@ -534,6 +534,26 @@ def test_anchors_are_not_rounded_to_half(build, dtype):
         assert torch.equal(found[name], expected[name])
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("build", [ssd, retinanet])
+def test_detections_beside_anchors_in_half_are_float32(build, dtype):
+    model, g = accelerate(build()).eval(), torch.Generator().manual_seed(0)
+    corners = [[1289.3, 701.3, 1333.0, 777.0], [1001.0, 3.0, 1017.7, 21.3], [0.3, 0.3, 40.7, 60.1]]
+    anchors = torch.tensor(corners).to(dtype)
+    outputs = {
+        "bbox_regression": torch.randn(1, 3, 4, generator=g).to(dtype),
+        "cls_logits": torch.randn(1, 3, 3, generator=g).to(dtype) + 4,
+    }
+    both = []
+    for to in (dtype, torch.float32):
+        heads, of_image = convert(outputs, to), [anchors.to(to)]
+        if build is retinanet:
+            heads, of_image = {name: [head] for name, head in heads.items()}, [of_image]
+        both.append(model.postprocess_detections(heads, of_image, [(777, 1333)])[0])
+    assert len(both[0]["boxes"])
+    assert_equal(*both)
+
+
 @pytest.mark.parametrize("build", BUILDERS)
 def test_double_precision(build, exact_nms):
     models = [model.double() for model in pair(build, **drawn(build, 2))]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opinfo.inputs import random_boxes, ssd300_priors
 from ssd_ext import _C, GroundTruth, MultiBoxLoss, ops, reference
-from ssd_ext.ground_truth import are_valid
+from ssd_ext.ground_truth import are_valid, as_ground_truth
 from ssd_ext.priors import PriorSpec
 
 # Corners on a small grid: IoUs are ratios of small integers, so ties are common, and equal in every precision.
@@ -241,6 +241,8 @@ def test_ground_truth_of_lists():
         ([torch.rand(2, 4)], [[1, 2]], r"labels of image 0 must be a tensor \[2\], as its boxes, got list"),
         ([[[0, 0, 1, 1]]], None, r"boxes of image 0 must be a tensor \[G, 4\], got list"),
         ([torch.rand(2, 4)], [], r"labels must be of 1 images, as boxes, got 0"),
+        ([torch.rand(1, 4).to_sparse()], None, r"boxes of image 0 must be a tensor \[G, 4\], got .*torch.sparse_coo"),
+        ([torch.rand(1, 4)], [torch.ones(1).to_sparse()], r"labels of image 0 must be a tensor .*torch.sparse_coo"),
     ],
 )
 def test_lists_that_are_no_ground_truth(boxes, labels, said):
@@ -300,6 +302,45 @@ def test_one_graph_and_a_dynamic_one_serve_all_counts(form, validate, generator)
         assert torch.equal(compiled(deltas, logits, targets), train(deltas, logits, targets))
     # A list is joined between graphs, of which match() and the criterion have one each.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (2 if form is GroundTruth else 4)
+
+
+@pytest.mark.parametrize("form", [list, GroundTruth])
+def test_images_without_objects_take_the_type_and_device_of_the_priors(form):
+    priors, empty = ssd300_priors()[:50].double(), torch.tensor([])
+    given = [{"boxes": empty, "labels": empty}]
+    given = given if form is list else GroundTruth.from_targets(given)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.match, backend="eager", fullgraph=form is GroundTruth)
+    for match in (ops.match, compiled):
+        assert match(given, priors).eq(-1).all()
+    moved = as_ground_truth(given, priors.to("meta"))
+    assert {t.device.type for t in moved} == {"meta"}
+    assert moved.boxes.dtype == torch.float64
+
+
+def test_compiled_lists_leave_the_tensors_in_them_alone():
+    boxes, labels = torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([1])
+    torch._dynamo.reset()
+    torch.compile(ops.match, backend="eager")([{"boxes": boxes, "labels": labels}], ssd300_priors()[:50])
+    assert not [name for t in (boxes, labels) for name in vars(t) if "dynamo" in name]
+
+
+def test_validation_in_a_graph_is_an_op_to_torch():
+    given = of(torch.tensor([[0.1, 0.1, 0.5, 0.5]]))
+    torch.library.opcheck(torch.ops.ssd_ext.validated_offsets.default, (*given, ssd300_priors()[:50], 2))
+
+
+@pytest.mark.parametrize("part", GroundTruth._fields)
+def test_validation_names_what_is_no_tensor(part):
+    given = of(torch.tensor([[0.1, 0.1, 0.5, 0.5]]))
+    with pytest.raises(ValueError, match=rf"ground_truth\.{part} must be a plain tensor, got list"):
+        given._replace(**{part: getattr(given, part).tolist()}).validate()
+
+
+def test_what_is_forced_by_default_is_the_same_everywhere(generator):
+    far, priors = of(torch.tensor([[5.0, 5, 6, 6]])), ssd300_priors()[-4:]
+    assert not ops.assign_targets(far, priors)[1].any()
+    assert MultiBoxLoss(priors)(torch.zeros(1, 4, 4), torch.zeros(1, 4, 2), far)[0] == 0
 
 
 def test_a_list_does_not_go_into_a_full_graph():

@@ -463,3 +463,19 @@ def test_losses_of_dicts(generator):
     assert model.losses(*heads, objects) == expected == model(images, objects)
     with pytest.raises(ValueError, match=r"extents must be \[1, 4\] or \[2, 4\], got \[3, 4\]"):
         model.losses(*heads, objects, torch.ones(3, 2))
+
+
+def test_buffers_in_half_precision_follow_to_another_device():
+    for module in (small(), MultiBoxLoss(torch.rand(3, 4))):
+        assert {b.device.type for b in module.to("meta", torch.float16).buffers(recurse=False)} == {"meta"}
+    model = small()
+    model.to_empty(device="meta", recurse=False)
+    assert model.priors.is_meta
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_integer_parameters_do_not_tell_the_dtype_of_images():
+    model = small().eval()
+    count = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    model.backbone.register_parameter("count", count)
+    assert model.transform(torch.rand(1, 3, 9, 9)).dtype == torch.float32

@@ -15,6 +15,7 @@ from opinfo import OPS
 from opinfo.boxes import DECODE
 from opinfo.spec import EXACT, convert, map_tensors, tensors_in
 from ssd_ext import GroundTruth, ops
+from ssd_ext.priors import SSD300_VOC
 
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{case.name}", marks=[pytest.mark.slow] if case.benchmark else [])
@@ -230,10 +231,9 @@ def test_what_is_no_plain_tensor_is_named(op, case, generator):
         (lambda x: ops.nms(x, x[:, 0], None), "nms: iou_threshold must be a number, got None"),
         (lambda x: ops.nms(x, x[:, 0], torch.rand(2)), r"nms: iou_threshold must be a number, got tensor"),
         (lambda x: ops.detect(x[None], x[None], x, topk_per_class=1.5), "topk_per_class must be an integer, got 1.5"),
-        (
-            lambda x: ops.detect(x[None], x[None], x, topk_per_class=2**70),
-            "topk_per_class must be an integer of 64 bits",
-        ),
+        (lambda x: ops.encode(x, x, variances=(0.1, "b")), r"variances must be 2 numbers, got \(0.1, 'b'\)"),
+        (lambda x: ops.detect(x[None], x[None], x, topk_per_class=2**63), "must be an integer of 64 bits"),
+        (lambda x: ops.detect(x[None], x[None], x, topk_per_class=-(2**64)), "must be an integer of 64 bits"),
         (
             lambda x: ops.detect(x[None], x[None], x, class_agnostic="x"),
             "class_agnostic must be True or False, got 'x'",
@@ -243,6 +243,41 @@ def test_what_is_no_plain_tensor_is_named(op, case, generator):
 def test_what_is_no_number_is_named(call, said):
     with pytest.raises(ValueError, match=said):
         call(torch.rand(3, 4))
+
+
+def test_remedies_for_what_is_no_tensor():
+    x = torch.rand(3, 4)
+    with pytest.raises(ValueError, match=r"priors must be a plain tensor, got a PriorSpec \(its priors\(\) are one\)"):
+        ops.decode(x, SSD300_VOC)
+    for wrong, kind in ((x.tolist(), "list"), (tuple(x.tolist()), "tuple"), (x.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=rf"got {kind} \(torch.as_tensor makes one\)"):
+            ops.decode(x, wrong)
+
+
+def test_arguments_that_may_be_none_are_not_named():
+    x, given = torch.rand(3, 4), GroundTruth.from_lists([torch.rand(2, 4).sort().values])
+    with pytest.raises(ValueError, match="iou_threshold must be a number, got 'a'"):
+        ops.match(given, x, low_threshold=None, min_force_iou=None, iou_threshold="a")
+    with pytest.raises(ValueError, match="class_agnostic must be True or False, got 'x'"):
+        ops.detect(x[None], x[None], x, window=None, class_agnostic="x")
+
+
+def test_meta_tensors_are_plain():
+    x = torch.rand(3, 4, device="meta")
+    number = torch.ones(2, dtype=torch.int64, device="meta")
+    assert ops.decode(x, x).shape == (3, 4)
+    assert ops.match(GroundTruth(x[:2], number, number), x).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float16)],
+)
+def test_mixed_dtypes_have_the_shapes_and_types_that_the_compiler_is_told(first, second):
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6]] * 3, dtype=first, requires_grad=True)
+    priors, only = torch.tensor([[0.5, 0.5, 0.3, 0.4]] * 3, dtype=second), ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.ssd_ext.encode.default, (boxes, priors, [0.1, 0.2]), test_utils=only)
+    torch.library.opcheck(torch.ops.ssd_ext.decode.default, (boxes, priors, [0.1, 0.2], 4.0), test_utils=only)
 
 
 def test_other_errors_stay_as_they_are():
@@ -365,6 +400,8 @@ def test_enters_python_for_autograd_only_where_a_gradient_is_asked_for(op, case,
     assert not enters(inputs)
     if op.differentiable:
         assert enters(requiring_grad(op, inputs))
+        with torch.no_grad():
+            assert not enters(requiring_grad(op, inputs))
 
 
 @pytest.mark.parametrize(("op", "case"), EACH)

@@ -252,3 +252,21 @@ def test_wrong_sizes_are_refused():
         SSD300_COCO.priors((0, 300))
     with pytest.raises(ValueError, match=r"without steps, an image of \(300, 400\) needs its feature_sizes"):
         dataclasses.replace(SSD300_COCO, steps=None).priors((300, 400))
+
+
+def test_lists_and_tuples_of_sizes_give_equal_specs():
+    cells = ((64, 64), (32, 32), (16, 16), (8, 8), (6, 6), (4, 4))
+    assert SSD300_COCO.resized((512, 512), list(cells)) == SSD300_COCO.resized((512, 512), cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"spread": (1, 0, 1, 0, 0, 0)}, r"spread must be True or False of each level: got \(1, 0"),
+        ({"spread": True}, "spread must have 6 entries for 6 levels: got True"),
+        ({"steps": 8}, "steps must have 6 entries for 6 levels: got 8"),
+    ],
+)
+def test_one_value_for_all_levels_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(SSD300_COCO, **changes)

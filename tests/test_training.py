@@ -291,20 +291,28 @@ from ssd_ext.training import fit
 distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 
-def gradient(rows, targets, across_ranks):
+def gradient(rows, targets, across_ranks, min_negatives=20):
     scale = torch.ones(1, requires_grad=True)
-    criterion = MultiBoxLoss(SSD300_VOC.priors()[-40:], min_negatives=20, across_ranks=across_ranks)
-    sum(criterion(rows[..., :4] * scale, rows[..., 4:] * scale, targets)).backward()
+    criterion = MultiBoxLoss(priors, min_negatives=min_negatives, across_ranks=across_ranks)
+    loss = sum(criterion(rows[..., :4] * scale, rows[..., 4:] * scale, targets))
+    assert torch.isfinite(loss)
+    loss.backward()
     return scale.grad
+
+priors = SSD300_VOC.priors()[-40:]
 
 rows = torch.randn(4, 40, 7, generator=torch.Generator().manual_seed(0))
 some = {"boxes": torch.tensor([[0.2, 0.2, 0.7, 0.8]]), "labels": torch.tensor([1])}
 none = {name: value[:0] for name, value in some.items()}
+ignored = {"boxes": torch.cat([priors[:28, :2] - priors[:28, 2:] / 2, priors[:28, :2] + priors[:28, 2:] / 2], 1)}
+ignored["labels"] = torch.full((28,), -1)
 own = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
-for targets in ([some, some, some, none], [some, none, none, none], [none] * 4):
+for four in ("SSSN", "SNNN", "NNNN", "SNIN", "INNN"):
+    targets = [{"S": some, "N": none, "I": ignored}[letter] for letter in four]
     of_ranks = gradient(rows[own], targets[own], across_ranks=True)
     distributed.all_reduce(of_ranks)
     torch.testing.assert_close(of_ranks / 2, gradient(rows, targets, across_ranks=False))
+assert gradient(rows[own], [none] * 2, across_ranks=True, min_negatives=0) == 0
 
 cards = load_dataset(SAMPLE, "train")
 own = Emptied(cards) if os.environ["EMPTY"] == "1" and distributed.get_rank() else cards

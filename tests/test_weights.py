@@ -14,6 +14,7 @@ torchvision = pytest.importorskip("torchvision")
 from model_cases import small, small_with_neck  # noqa: E402
 from torchvision.models import mobilenet_v2  # noqa: E402
 
+from ssd_ext import checkpoint  # noqa: E402
 from ssd_ext.models import SSD, load_weights, ssd300_vgg16, ssdlite320_mobilenet_v2  # noqa: E402
 from ssd_ext.models.vgg import STAGES, VGG16  # noqa: E402
 from ssd_ext.models.weights import CONVENTIONS  # noqa: E402
@@ -361,3 +362,32 @@ def test_a_backbone_is_no_detector(ssd300):
 def test_unknown_convention():
     with pytest.raises(ValueError, match="convention must be one of 'rgb', 'rgb255', 'bgr255', got 'hsv'"):
         load_weights(small(), STATE, convention="hsv")
+
+
+PRIORS_UNKNOWN = {
+    "text": "mobilenet",
+    "none": None,
+    "empty": {},
+    "no mapping": {"prior_spec": None},
+    "unknown field": {"prior_spec": {"anchors": 1}},
+    "refused": {
+        "prior_spec": {"image_size": (160, 224), "feature_sizes": ((1, 1),), "scales": (0.1,), "aspect_ratios": ((),)}
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", PRIORS_UNKNOWN.values(), ids=PRIORS_UNKNOWN)
+def test_an_architecture_that_tells_no_priors_is_passed_over(architecture, tmp_path, recwarn):
+    models = [ssdlite320_mobilenet_v2(3, image_size=(160, 224)) for _ in range(2)]
+    checkpoint.save({"model": models[0].state_dict(), "architecture": architecture}, tmp_path / "w.pt")
+    assert load_weights(models[1], tmp_path / "w.pt").loaded
+    assert not recwarn
+
+
+def test_the_priors_of_a_backbone_do_not_matter(tmp_path, recwarn):
+    models = [ssdlite320_mobilenet_v2(3, image_size=(160, 224)) for _ in range(2)]
+    architecture = models[0].architecture
+    architecture["prior_spec"]["scales"] = tuple(scale * 0.9 for scale in architecture["prior_spec"]["scales"])
+    checkpoint.save({"model": models[0].backbone.state_dict(), "architecture": architecture}, tmp_path / "w.pt")
+    assert not load_weights(models[1], tmp_path / "w.pt").detector
+    assert not recwarn
