@@ -1,5 +1,6 @@
 """Ground truth of a batch, in one form from the loader to the kernels: GroundTruth."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -156,8 +157,7 @@ class GroundTruth(NamedTuple):
 def as_ground_truth(value: GroundTruth | Targets, like: Tensor | None = None) -> GroundTruth:
     """A :class:`GroundTruth` as it is, or made of a list of dicts.
 
-    Under ``torch.compile`` a list is joined outside of the graph, which would otherwise be made anew for each pattern
-    of images with no object, one or more.
+    Under ``torch.compile`` a list is joined outside of the graph, with a warning.
 
     Args:
         value: the ground truth.
@@ -197,6 +197,12 @@ def _has_no_rows(boxes: Tensor) -> bool:
     "which GroundTruth.from_targets(targets) makes of the list."
 )
 def _joined_outside_of_the_graph(targets: Targets, like: Tensor | None) -> GroundTruth:
+    warnings.warn(
+        "ground truth in a list makes torch.compile compile the code that it is given to again for each pattern of "
+        "images with no object, one or more, until torch gives up and runs it eagerly: make an ssd_ext.GroundTruth of "
+        "it outside, by GroundTruth.from_targets(targets)",
+        stacklevel=2,
+    )
     boxes, labels, offsets = as_ground_truth(targets, like)
     boxes, labels = boxes[:], labels[:]  # which may be the caller's tensors
     for t in (boxes, labels):

@@ -277,10 +277,7 @@ def test_dicts_are_compiled_and_exported():
 COUNTS = [(3, 2), (0, 2), (1, 0), (1, 1), (5, 1), (0, 0), (2, 7), (0, 1), (9, 0), (1, 4)]  # of objects in two images
 
 
-@pytest.mark.parametrize("validate", [False, True])
-@pytest.mark.parametrize("form", [list, GroundTruth])
-def test_one_graph_and_a_dynamic_one_serve_all_counts(form, validate, generator):
-    priors = ssd300_priors()[-50:]
+def compiled_loss(priors, validate, **settings):
     criterion = MultiBoxLoss(priors, validate=validate)
 
     def train(deltas, logits, targets):
@@ -289,19 +286,29 @@ def test_one_graph_and_a_dynamic_one_serve_all_counts(form, validate, generator)
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(train, backend="aot_eager", fullgraph=form is GroundTruth)
+    return train, torch.compile(train, backend="aot_eager", **settings)
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_one_graph_and_a_dynamic_one_serve_all_counts(validate, generator):
+    train, compiled = compiled_loss(ssd300_priors()[-50:], validate, fullgraph=True)
     deltas, logits = torch.randn(2, 50, 4, generator=generator), torch.randn(2, 50, 3, generator=generator)
     for counts in COUNTS:
-        if form is GroundTruth and sum(counts) < 2:
+        if sum(counts) < 2:
             continue  # torch makes a graph for tensors of no row, and one for those of a single row
-        targets = [
-            {"boxes": random_boxes(n, generator), "labels": torch.randint(1, 3, (n,), generator=generator)}
-            for n in counts
-        ]
-        targets = targets if form is list else GroundTruth.from_targets(targets)
+        labels = [torch.randint(1, 3, (n,), generator=generator) for n in counts]
+        targets = GroundTruth.from_lists([random_boxes(n, generator) for n in counts], labels)
         assert torch.equal(compiled(deltas, logits, targets), train(deltas, logits, targets))
-    # A list is joined between graphs, of which match() and the criterion have one each.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (2 if form is GroundTruth else 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_code_warns_of_a_list(generator):
+    train, compiled = compiled_loss(ssd300_priors()[-50:], validate=True)
+    deltas, logits = torch.randn(2, 50, 4, generator=generator), torch.randn(2, 50, 3, generator=generator)
+    targets = [{"boxes": random_boxes(n, generator), "labels": torch.ones(n, dtype=torch.int64)} for n in (0, 3)]
+    with pytest.warns(UserWarning, match=r"again for each pattern .* GroundTruth\.from_targets\(targets\)"):
+        found = compiled(deltas, logits, targets)
+    assert torch.equal(found, train(deltas, logits, targets))
 
 
 @pytest.mark.parametrize("form", [list, GroundTruth])
