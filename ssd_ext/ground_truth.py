@@ -179,17 +179,9 @@ def as_ground_truth(value: GroundTruth | Targets, like: Tensor | None = None) ->
             )
         value = GroundTruth.from_targets(value)
     value._check_tensors()
-    if like is not None and value.boxes.shape[1:] == (4,) and _has_no_rows(value.boxes):
+    if like is not None and value.boxes.shape == (0, 4):
         return value.to(like.device)._replace(boxes=like.new_empty(0, 4))
     return value
-
-
-def _has_no_rows(boxes: Tensor) -> bool:
-    if not torch.compiler.is_compiling():
-        return len(boxes) == 0
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, which takes a second
-
-    return guard_or_false(boxes.shape[0] == 0)
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
@@ -203,11 +195,7 @@ def _joined_outside_of_the_graph(targets: Targets, like: Tensor | None) -> Groun
         "it outside, by GroundTruth.from_targets(targets)",
         stacklevel=2,
     )
-    boxes, labels, offsets = as_ground_truth(targets, like)
-    boxes, labels = boxes[:], labels[:]  # which may be the caller's tensors
-    for t in (boxes, labels):
-        torch._dynamo.decorators.mark_unbacked(t, 0)  # any number of objects, 0 and 1 too
-    return GroundTruth(boxes, labels, offsets)
+    return as_ground_truth(targets, like)
 
 
 def are_valid(boxes: Tensor) -> Tensor:

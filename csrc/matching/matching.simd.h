@@ -223,7 +223,7 @@ void match_blocks(const Blocks<T>& priors, const GroundTruth<T>& gt, const Write
   }
 }
 
-// The pairs of highest IoU that a search has found, the best first; the lowest index wins among equals.
+// The boxes of highest IoU that a search has found, the best first; the lowest index wins among equals.
 template <class T, int count>
 using Found = std::array<Best<T>, count>;
 
@@ -239,9 +239,10 @@ class Search {
   template <class Areas, class Index>
   inline __attribute__((always_inline)) void offer(Vec<T> inter, const Areas& areas, const Index& index) {
     using V = Vec<T>;
-    if (!greater_bits(inter, V{})) return;
+    const unsigned overlaps = greater_bits(inter, V{});
+    if (!overlaps) return;
     const V sum = areas();
-    if (!(greater_bits(inter, V{}) & ~greater_bits(bound_ * (sum - inter), inter))) return;
+    if (!(overlaps & ~greater_bits(bound_ * (sum - inter), inter))) return;
     const V iou = iou_from(inter, sum, V{});
     const auto place = index();
     const V last = splat<V>(found_.back().iou);
@@ -274,10 +275,9 @@ class Search {
   Vec<T> bound_;
 };
 
-// The boxes of highest IoU with one box. Some have an IoU of `at_least`; the search ends once one has that of
-// `at_most`, which none exceeds (infinity: it does not). free(i, inter) sets the intersections to 0 of those among
-// boxes i, i + 1,
-// ... that cannot be chosen; index(i) are their indices.
+// The boxes of highest IoU with one box. Some have an IoU of `at_least`, and none has more than `at_most`: the search
+// ends at one that has it (infinity: it does not). Among the boxes from i on that fill a vector, free(i, inter) sets
+// the intersections to 0 of those that cannot be chosen, and index(i) are their indices.
 template <int count, class T, class Free, class Index>
 Found<T, count> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, T at_most, const Free& free,
                         const Index& index) {
@@ -297,9 +297,9 @@ Found<T, count> best_of(const Blocks<T>& blocks, const Box<T>& one, T at_least, 
     return is_over;
   });
   Found<T, count> found = search.found();
-  // Of those that follow, better ones may not have been looked at.
-  for (Best<T>& one_of : found) {
-    if (is_over && one_of.iou != at_most) one_of.index = -1;
+  // A search that ended early may not have seen what comes after those of the highest IoU.
+  for (Best<T>& next : found) {
+    if (is_over && next.iou != at_most) next.index = -1;
   }
   return found;
 }
@@ -400,15 +400,16 @@ class Bipartite {
 
   void join_chains(const std::vector<IntOf<T>>& free, Best<T>* best) {
     FreeGroundTruths<T> gts(gt_, free);
-    next_.assign(gt_.size(), {});
-    for (Found<T, kNext>& next : next_) next.fill({T(-1), -1});
+    Found<T, kNext> none;
+    none.fill({T(-1), -1});
+    next_.assign(gt_.size(), none);
     std::vector<Link> chain;
     for (const IntOf<T> first : free) {
       if (!joined_[first] && best[first].iou > overlap_) chain.push_back({overlap_, -1, first});
       while (!chain.empty()) {
         const Link link = chain.back();
         Best<T>& wanted = best[link.gt];
-        if (taken_[wanted.index] != T(0)) wanted = next_prior(link.gt, link.iou, wanted.iou);
+        if (wanted.index >= 0 && taken_[wanted.index] != T(0)) wanted = next_prior(link.gt, link.iou, wanted.iou);
         if (wanted.index < 0 || !(wanted.iou > overlap_)) {  // none is left
           chain.pop_back();
           continue;
@@ -444,8 +445,8 @@ class Bipartite {
     joined_[j] = 1;
   }
 
-  // The free prior that overlaps ground truth j most, of those that the last search has found or by another search. Its
-  // IoU is known to be at most that of the last one, and `at_least` if a prior has named the ground truth.
+  // The free prior that overlaps ground truth j most: one that the last search has found too, or by a new search. Its
+  // IoU is at most that of the one before, and if a prior has named the ground truth, `at_least`.
   Best<T> next_prior(int64_t j, T at_least, T at_most) {
     using V = Vec<T>;
     for (Best<T>& next : next_[j]) {
