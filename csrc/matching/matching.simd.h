@@ -449,8 +449,8 @@ class Bipartite {
   // IoU is at most that of the one before, and if a prior has named the ground truth, `at_least`.
   Best<T> next_prior(int64_t j, T at_least, T at_most) {
     using V = Vec<T>;
-    for (Best<T>& next : next_[j]) {
-      if (next.index >= 0 && taken_[next.index] == T(0)) return std::exchange(next, {T(-1), -1});
+    for (const Best<T>& next : next_[j]) {
+      if (next.index >= 0 && taken_[next.index] == T(0)) return next;
     }
     const Found<T, 1 + kNext> found = best_of<1 + kNext>(
         priors_, gt_.columns.at(j), at_least, at_most,
